@@ -12,8 +12,8 @@ enum class ErrorCode {
   kInternal,         // a broken invariant of the library: please report it
 };
 
-/// The one exception type of the library. The message has three parts, in the caller's words: the rule, the
-/// value that was given, and the way out.
+/// The one exception type of the library. The message has three parts, in the caller's words: the
+/// rule, the value that was given, and the way out.
 class Error : public std::runtime_error {
  public:
   Error(ErrorCode code, const std::string& message) : std::runtime_error(message), code_(code) {}

@@ -22,8 +22,8 @@ constexpr const char* name(DType dtype) {
   return "unknown";
 }
 
-/// A borrowed four-dimensional tensor: it never owns and never copies. Tensors with fewer dimensions lead with
-/// ones. A default-constructed view is absent (`!view`).
+/// A borrowed four-dimensional tensor: it never owns and never copies. Tensors with fewer
+/// dimensions lead with ones. A default-constructed view is absent (`!view`).
 struct TensorView {
   void* data = nullptr;
   DType dtype = DType::kF32;

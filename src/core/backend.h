@@ -8,20 +8,24 @@
 
 namespace sparline {
 
-/// One way to run plans. Implementations are stateless singletons listed by name in plan.cpp: no registration at load time.
+/// One way to run plans. Implementations are stateless singletons listed by name in plan.cpp: no
+/// registration at load time.
 class Backend {
  public:
   virtual ~Backend() = default;
 
   virtual const char* name() const = 0;
-  /// What this backend would use on this machine, for `explain` and `doctor`: SIMD target, cores, devices.
+  /// What this backend would use on this machine, for `explain` and `doctor`: SIMD target, cores,
+  /// devices.
   virtual std::string describe() const = 0;
   /// Empty if the (validated) problem can run on the target; otherwise the reason, as a clause.
   virtual std::string rejects(const Problem& problem, const Target& target) const = 0;
-  /// Fills heads_per_wave and the three workspace sizes of a plan whose problem, target and blocks are set.
+  /// Fills heads_per_wave and the three workspace sizes of a plan whose problem, target and blocks
+  /// are set.
   virtual void complete(Plan& plan) const = 0;
 
-  virtual void route(const Plan& plan, const RouteArgs& args, std::span<std::byte> workspace, Stream stream) const = 0;
+  virtual void route(const Plan& plan, const RouteArgs& args, std::span<std::byte> workspace,
+                     Stream stream) const = 0;
   virtual void forward(const Plan& plan, const ForwardArgs& args, std::span<std::byte> workspace,
                        Stream stream) const = 0;
   virtual void backward(const Plan& plan, const BackwardArgs& args, std::span<std::byte> workspace,

@@ -1,0 +1,337 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Sparse-linear attention, forward (docs/math.md).
+//   Over the critical key blocks j of query block i:  S = scale q_i k_j^T,  o_s = softmax(S) v, lse
+//   = ln sum exp S Over its linear set E_i:                          o_l = phi(q) H_i / phi(q) Z_i,
+//   H_i = sum h_j,  Z_i = sum z_j o = o_s, o_l, o_s + o_l or o_s + o_l W^T + b
+// (batch, kv head) pairs run in waves of plan.heads_per_wave. In a wave: key blocks are staged as
+// float32 tiles with their h_j, z_j; the sums of aligned runs of them are built; then every query
+// block of every query head is one task. Scores are computed transposed, S^T = k_j q_i^T: the
+// softmax then runs down the columns without horizontal sums, and k_j and v_j are used as they lie
+// in memory. Base-2 exponent; statistics float32; a row without a critical key gives o_s = 0, lse =
+// -inf.
+
+#include "cpu/targets.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cpu/forward.cpp"
+#include <hwy/foreach_target.h>
+#include <hwy/highway.h>
+
+#include "core/workspace.h"
+#include "cpu/kernels.h"
+#include "cpu/layout.h"
+#include "cpu/linear-inl.h"
+
+#ifndef SPARLINE_CPU_FORWARD_SPACE_
+#define SPARLINE_CPU_FORWARD_SPACE_
+namespace sparline::cpu {
+
+/// Everything the forward keeps in its workspace.
+struct ForwardSpace {
+  struct Slot {     // one (batch, kv head) in flight
+    float* k;       // (N_k x ld)
+    float* v;       // (N_k x ld)
+    float* states;  // tree of (h_j, z_j)
+  };
+  struct Worker {
+    float* q;            // (block_q x ld)
+    float* q_t;          // (D x ld_rows), scaled by softmax_scale log2(e)
+    float* p_t;          // (block_k x ld_rows)
+    float* o;            // (block_q x ld)
+    float* o_l;          // (block_q x ld)
+    float* y;            // (max block x ld), hedgehog preactivations
+    float* phi;          // (max block x ld_phi)
+    float* state;        // (H_i, Z_i)
+    float* inverse_den;  // (block_q)
+    float* row_max;      // (ld_rows), log2 units
+    float* row_sum;      // (ld_rows)
+    float* row_scale;    // (ld_rows)
+    uint8_t* is_member;  // (T_n)
+  };
+  float* weights;  // staged learned tensors: proj^T, then per head W, W^T, b
+  std::byte* slots;
+  std::byte* workers;
+  int64_t slot_bytes;
+  int64_t worker_bytes;
+  int64_t total_bytes;
+
+  const Plan& plan;
+  int64_t num_features, ld, ld_rows, ld_phi, num_key_blocks, num_weight_heads;
+
+  ForwardSpace(const Plan& plan_in, std::byte* base) : plan(plan_in) {
+    const Problem& p = plan.problem;
+    num_features = feature_dim(p);
+    ld = leading_dim(p.head_dim);
+    ld_rows = leading_dim(p.block_q);
+    ld_phi = leading_dim(num_features);
+    num_key_blocks = static_cast<int64_t>(plan.key_blocks.size());
+    num_weight_heads = has_feature_weights(p) ? p.num_heads + p.num_kv_heads : 0;
+    Arena arena(base);
+    weights = arena.take<float>(p.head_dim * ld + num_weight_heads * weight_floats());
+    Arena slot_arena(nullptr), worker_arena(nullptr);
+    carve_slot(slot_arena);
+    carve_worker(worker_arena);
+    slot_bytes = slot_arena.used_bytes();
+    worker_bytes = worker_arena.used_bytes();
+    slots = arena.take<std::byte>(plan.heads_per_wave * slot_bytes);
+    workers = arena.take<std::byte>(plan.target.num_threads * worker_bytes);
+    total_bytes = arena.used_bytes();
+  }
+
+  int64_t weight_floats() const {
+    return 2 * plan.problem.head_dim * ld + pad(plan.problem.head_dim);
+  }
+  float* head_weights(int64_t head) const {
+    return weights + plan.problem.head_dim * ld + head * weight_floats();
+  }
+
+  Slot slot(int64_t n) const {
+    Arena arena(slots + n * slot_bytes);
+    return carve_slot(arena);
+  }
+  Worker worker(int64_t n) const {
+    Arena arena(workers + n * worker_bytes);
+    return carve_worker(arena);
+  }
+
+ private:
+  Slot carve_slot(Arena& arena) const {
+    const Problem& p = plan.problem;
+    const int64_t nodes = has_linear_branch(p) ? num_tree_nodes(num_key_blocks) : 0;
+    return {arena.take<float>(p.num_keys * ld), arena.take<float>(p.num_keys * ld),
+            arena.take<float>(nodes * state_floats(num_features, p.head_dim))};
+  }
+  Worker carve_worker(Arena& arena) const {
+    const Problem& p = plan.problem;
+    const int64_t max_rows = std::max(p.block_q, p.block_k);
+    const int64_t linear = has_linear_branch(p) ? 1 : 0;
+    const int64_t hedgehog = has_feature_weights(p) ? 1 : 0;
+    return {arena.take<float>(p.block_q * ld),
+            arena.take<float>(p.head_dim * ld_rows),
+            arena.take<float>(p.block_k * ld_rows),
+            arena.take<float>(p.block_q * ld),
+            arena.take<float>(linear * p.block_q * ld),
+            arena.take<float>(hedgehog * max_rows * ld),
+            arena.take<float>(linear * max_rows * ld_phi),
+            arena.take<float>(linear * state_floats(num_features, p.head_dim)),
+            arena.take<float>(linear * p.block_q),
+            arena.take<float>(ld_rows),
+            arena.take<float>(ld_rows),
+            arena.take<float>(ld_rows),
+            arena.take<uint8_t>(num_key_blocks)};
+  }
+};
+
+}  // namespace sparline::cpu
+#endif  // SPARLINE_CPU_FORWARD_SPACE_
+
+HWY_BEFORE_NAMESPACE();
+namespace sparline::cpu::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+namespace {
+
+/// One step of online softmax down the columns (queries) of S^T (num_keys x num_queries), in place:
+/// S^T becomes exp2(S^T - row_max); row_max and row_sum advance; row_scale is what earlier sums and
+/// outputs must be multiplied by. Returns whether any row_scale differs from 1.
+HWY_INLINE bool online_softmax(float* HWY_RESTRICT s_t, int64_t ld_rows, int64_t num_keys,
+                               int64_t num_queries, float* HWY_RESTRICT row_max,
+                               float* HWY_RESTRICT row_sum, float* HWY_RESTRICT row_scale) {
+  const FloatTag d;
+  const FloatVec one = hn::Set(d, 1.0f);
+  hn::Mask<FloatTag> rescaled = hn::Lt(one, one);
+  for_each_vector(num_queries, [&](int64_t at) HWY_ATTR {
+    const FloatVec old_max = hn::LoadU(d, row_max + at);
+    float* HWY_RESTRICT column = s_t + at;
+    FloatVec top = old_max;
+    for (int64_t c = 0; c < num_keys; ++c) top = hn::Max(top, hn::LoadU(d, column + c * ld_rows));
+    FloatVec sum = hn::Zero(d);
+    for (int64_t c = 0; c < num_keys; ++c) {
+      const FloatVec p = exp2_clamped(hn::Sub(hn::LoadU(d, column + c * ld_rows), top));
+      hn::StoreU(p, d, column + c * ld_rows);
+      sum = hn::Add(sum, p);
+    }
+    const FloatVec scale =
+        hn::IfThenElse(hn::Eq(old_max, top), one, exp2_clamped(hn::Sub(old_max, top)));
+    rescaled = hn::Or(rescaled, hn::Ne(scale, one));
+    hn::StoreU(top, d, row_max + at);
+    hn::StoreU(hn::MulAdd(hn::LoadU(d, row_sum + at), scale, sum), d, row_sum + at);
+    hn::StoreU(scale, d, row_scale + at);
+  });
+  return !hn::AllFalse(d, rescaled);
+}
+
+/// o_s (normalised) of one query block into w.o, its lse into `lse`.
+void sparse_branch(const ForwardSpace& space, const ForwardSpace::Slot& slot,
+                   const ForwardSpace::Worker& w, const BlockClasses& classes, int64_t b, int64_t h,
+                   int64_t i, BlockRange keys, float* lse) {
+  const Plan& plan = space.plan;
+  const int64_t head_dim = plan.problem.head_dim, ld = space.ld, ld_rows = space.ld_rows;
+  const int64_t rows = plan.query_blocks[i].rows;
+  const float scale_log2 = static_cast<float>(plan.problem.softmax_scale) * kLog2E;
+  transpose(w.q, ld, rows, head_dim, scale_log2, w.q_t, ld_rows);
+  std::fill(w.o, w.o + rows * ld, 0.0f);
+  std::fill(w.row_max, w.row_max + ld_rows, -HUGE_VALF);
+  std::fill(w.row_sum, w.row_sum + ld_rows, 0.0f);
+  for (int64_t j = keys.begin; j < keys.end; ++j) {
+    if (classes(b, h, i, j) != 1) continue;
+    const Block& block = plan.key_blocks[j];
+    const float* k = slot.k + block.begin * ld;
+    const float* v = slot.v + block.begin * ld;
+    gemm<Into::kOverwrite>(block.rows, pad(rows), head_dim, rows_of(k, ld), w.q_t, ld_rows, w.p_t,
+                           ld_rows);
+    if (online_softmax(w.p_t, ld_rows, block.rows, rows, w.row_max, w.row_sum, w.row_scale)) {
+      for (int64_t r = 0; r < rows; ++r) scale_row(head_dim, w.row_scale[r], w.o + r * ld);
+    }
+    gemm<Into::kAdd>(rows, pad(head_dim), block.rows, columns_of(w.p_t, ld_rows), v, ld, w.o, ld);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const bool has_keys = w.row_sum[r] != 0.0f;
+    lse[r] = has_keys ? w.row_max[r] * kLn2 + std::log(w.row_sum[r]) : -HUGE_VALF;
+    if (has_keys) scale_row(head_dim, 1.0f / w.row_sum[r], w.o + r * ld);
+  }
+}
+
+FeatureWeights head_feature_weights(const ForwardSpace& space, int64_t head, bool has_bias) {
+  if (!has_feature_weights(space.plan.problem)) return {};
+  const int64_t matrix = space.plan.problem.head_dim * space.ld;
+  const float* tile = space.head_weights(head);
+  return {tile, tile + matrix, has_bias ? tile + 2 * matrix : nullptr};
+}
+
+/// Adds the linear branch to w.o (or replaces it).
+void linear_branch(const ForwardSpace& space, const ForwardSpace::Slot& slot,
+                   const ForwardSpace::Worker& w, const ForwardArgs& args,
+                   const BlockClasses& classes, int64_t b, int64_t h, int64_t i, BlockRange keys) {
+  const Problem& problem = space.plan.problem;
+  const int64_t head_dim = problem.head_dim, ld = space.ld, features = space.num_features;
+  const int64_t rows = space.plan.query_blocks[i].rows, leaf = state_floats(features, head_dim);
+  feature_map(problem.feature_map, head_dim,
+              head_feature_weights(space, h, bool(args.weights.feature_bias_q)), w.q, rows, w.y,
+              w.phi);
+  mark_linear_set(problem, classes, b, h, i, keys, w.is_member);
+  std::fill(w.state, w.state + leaf, 0.0f);
+  const bool any =
+      SumTree(slot.states, space.num_key_blocks, leaf).add_members(keys, w.is_member, w.state);
+  float* o_l = problem.combine == Combine::kLinear ? w.o : w.o_l;
+  linear_output(problem, features, w.phi, w.state, !any, rows, o_l, w.inverse_den);
+  if (problem.combine == Combine::kProjection) {
+    gemm<Into::kAdd>(rows, pad(head_dim), head_dim, rows_of(o_l, ld), space.weights, ld, w.o, ld);
+    if (args.weights.proj_bias) {
+      const float* bias = static_cast<const float*>(args.weights.proj_bias.data);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; c < head_dim; ++c) w.o[r * ld + c] += bias[c];
+      }
+    }
+  } else if (problem.combine == Combine::kSum) {
+    for (int64_t r = 0; r < rows; ++r) add_scaled(head_dim, 1.0f, o_l + r * ld, w.o + r * ld);
+  }
+}
+
+void stage_weights(const ForwardSpace& space, const Weights& weights) {
+  const Problem& p = space.plan.problem;
+  if (p.combine == Combine::kProjection) {
+    const TensorView& proj = weights.proj_weight;
+    transpose(proj.row<const float>(0, 0, 0), proj.stride[2], p.head_dim, p.head_dim, 1.0f,
+              space.weights, space.ld);
+  }
+  if (!has_feature_weights(p)) return;
+  const int64_t matrix = p.head_dim * space.ld;
+  for (int64_t head = 0; head < p.num_heads + p.num_kv_heads; ++head) {
+    const bool is_query = head < p.num_heads;
+    float* tile = space.head_weights(head);
+    stage_feature_weights(is_query ? weights.feature_weight_q : weights.feature_weight_k,
+                          is_query ? weights.feature_bias_q : weights.feature_bias_k,
+                          is_query ? head : head - p.num_heads, tile, tile + matrix,
+                          tile + 2 * matrix);
+  }
+}
+
+}  // namespace
+
+void Forward(const Plan& plan, const ForwardArgs& args, std::byte* workspace,
+             const Stream& stream) {
+  const Problem& problem = plan.problem;
+  const ForwardSpace space(plan, workspace);
+  const BlockClasses classes(plan, args.block_class);
+  const int64_t head_dim = problem.head_dim, ld = space.ld, features = space.num_features;
+  const int64_t num_query_blocks = static_cast<int64_t>(plan.query_blocks.size());
+  const int64_t group = problem.num_heads / problem.num_kv_heads;
+  const int64_t leaf = state_floats(features, head_dim);
+  const bool linear = has_linear_branch(problem);
+  stage_weights(space, args.weights);
+
+  const int64_t num_pairs = problem.batch * problem.num_kv_heads;
+  for (int64_t first = 0; first < num_pairs; first += plan.heads_per_wave) {
+    const int64_t wave = std::min(plan.heads_per_wave, num_pairs - first);
+
+    run_tasks(plan, stream, wave * space.num_key_blocks, [&](int64_t task, int64_t worker) {
+      const int64_t n = task / space.num_key_blocks, j = task % space.num_key_blocks;
+      const int64_t b = (first + n) / problem.num_kv_heads,
+                    h_kv = (first + n) % problem.num_kv_heads;
+      const ForwardSpace::Slot slot = space.slot(n);
+      const Block& block = plan.key_blocks[j];
+      float* const k = slot.k + block.begin * ld;
+      float* const v = slot.v + block.begin * ld;
+      load_rows(args.k, b, h_kv, block.begin, block.rows, 1.0f, k, ld);
+      load_rows(args.v, b, h_kv, block.begin, block.rows, 1.0f, v, ld);
+      if (!linear) return;
+      const ForwardSpace::Worker w = space.worker(worker);
+      feature_map(
+          problem.feature_map, head_dim,
+          head_feature_weights(space, problem.num_heads + h_kv, bool(args.weights.feature_bias_k)),
+          k, block.rows, w.y, w.phi);
+      key_block_state(features, head_dim, w.phi, v, block.rows, slot.states + j * leaf);
+    });
+
+    if (linear) {
+      constexpr int64_t kSlices = 16;
+      run_tasks(plan, stream, wave * kSlices, [&](int64_t task, int64_t) {
+        const BlockRange slice = share(leaf / kPadFloats, task % kSlices, kSlices);
+        SumTree(space.slot(task / kSlices).states, space.num_key_blocks, leaf)
+            .build(slice.begin * kPadFloats, slice.end * kPadFloats);
+      });
+    }
+
+    run_tasks(plan, stream, wave * group * num_query_blocks, [&](int64_t task, int64_t worker) {
+      const int64_t i = task % num_query_blocks, n = task / num_query_blocks / group;
+      const int64_t b = (first + n) / problem.num_kv_heads;
+      const int64_t h =
+          (first + n) % problem.num_kv_heads * group + task / num_query_blocks % group;
+      const ForwardSpace::Slot slot = space.slot(n);
+      const ForwardSpace::Worker w = space.worker(worker);
+      const Block& block = plan.query_blocks[i];
+      const BlockRange keys = blocks_of_sequence(plan.key_blocks, block.sequence);
+      load_rows(args.q, b, h, block.begin, block.rows, 1.0f, w.q, ld);
+      float* const lse = args.lse.row<float>(0, b, h) + block.begin * args.lse.stride[3];
+      if (problem.combine == Combine::kLinear && !block.is_protected) {
+        std::fill(lse, lse + block.rows, -HUGE_VALF);
+      } else {
+        sparse_branch(space, slot, w, classes, b, h, i, keys, lse);
+      }
+      if (linear && !block.is_protected)
+        linear_branch(space, slot, w, args, classes, b, h, i, keys);
+      store_rows(w.o, ld, args.o, b, h, block.begin, block.rows);
+    });
+  }
+}
+
+}  // namespace sparline::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace sparline::cpu {
+
+HWY_EXPORT(Forward);
+
+int64_t forward_workspace_bytes(const Plan& plan) {
+  return ForwardSpace(plan, nullptr).total_bytes;
+}
+
+void forward(const Plan& plan, const ForwardArgs& args, std::byte* workspace,
+             const Stream& stream) {
+  HWY_DYNAMIC_DISPATCH(Forward)(plan, args, workspace, stream);
+}
+
+}  // namespace sparline::cpu
+#endif
