@@ -76,7 +76,7 @@ struct Problem {
   FeatureMap feature_map = FeatureMap::kSoftmax;
   LinearScope linear_scope = LinearScope::kMarginal;
   double epsilon = 0.0;                 // added to the linear denominator
-  std::vector<Segment> query_segments;  // empty: one sequence, nothing protected
+  std::vector<Segment> query_segments{};  // empty: one sequence, nothing protected
   std::vector<Segment>
       key_segments;  // in order, contiguous, covering [0, N); sequence numbers never decrease
 };
@@ -109,7 +109,7 @@ struct Target {
   Device device = Device::kCPU;
   int num_threads = 1;  // CPU: sizes the workspace; results never depend on it
   int cuda_arch = 0;    // CUDA: 80, 90, ...
-  std::string backend;  // empty: the best that fits; else one by name ("cpu"); SPARLINE_BACKEND
+  std::string backend{};  // empty: the best that fits; else one by name ("cpu"); SPARLINE_BACKEND
                         // overrides it
 };
 
@@ -172,21 +172,21 @@ struct RouteArgs {
 
 /// Learned tensors, float32, row-major. Absent where the problem does not use them.
 struct Weights {
-  TensorView proj_weight;       // (1, 1, D, D), y = x W^T + b, shared by all heads
-  TensorView proj_bias;         // (1, 1, 1, D); absent: no bias
-  TensorView feature_weight_q;  // (1, H, D, D), hedgehog maps: y = x W^T + b per query head
-  TensorView feature_bias_q;    // (1, 1, H, D)
-  TensorView feature_weight_k;  // (1, H_kv, D, D)
-  TensorView feature_bias_k;    // (1, 1, H_kv, D)
+  TensorView proj_weight{};       // (1, 1, D, D), y = x W^T + b, shared by all heads
+  TensorView proj_bias{};         // (1, 1, 1, D); absent: no bias
+  TensorView feature_weight_q{};  // (1, H, D, D), hedgehog maps: y = x W^T + b per query head
+  TensorView feature_bias_q{};    // (1, 1, H, D)
+  TensorView feature_weight_k{};  // (1, H_kv, D, D)
+  TensorView feature_bias_k{};    // (1, 1, H_kv, D)
 };
 
 struct ForwardArgs {
   TensorView q;            // (B, H, N_q, D)
   TensorView k;            // (B, H_kv, N_k, D)
   TensorView v;            // (B, H_kv, N_k, D)
-  TensorView block_class;  // int8 (B, H, T_m, T_n) if problem.has_block_map; strides may be 0;
+  TensorView block_class{};  // int8 (B, H, T_m, T_n) if problem.has_block_map; strides may be 0;
                            // overridden by protected spans
-  Weights weights;
+  Weights weights{};
   TensorView o;    // out, (B, H, N_q, D), every element written
   TensorView lse;  // out, float32 (1, B, H, N_q): natural log of the critical sum; -inf for a row
                    // without critical keys
@@ -201,12 +201,12 @@ struct BackwardArgs {
   TensorView v;
   TensorView o;    // of the forward
   TensorView lse;  // of the forward
-  TensorView block_class;
-  Weights weights;
+  TensorView block_class{};
+  Weights weights{};
   TensorView d_q;     // out
   TensorView d_k;     // out
   TensorView d_v;     // out
-  Weights d_weights;  // out, present exactly where `weights` is
+  Weights d_weights{};  // out, present exactly where `weights` is
 };
 
 /// The calls below validate their arguments, then run. `workspace` holds at least the plan's
