@@ -75,10 +75,10 @@ struct Problem {
   bool has_block_map = false;  // false: every block is critical
   FeatureMap feature_map = FeatureMap::kSoftmax;
   LinearScope linear_scope = LinearScope::kMarginal;
-  double epsilon = 0.0;                 // added to the linear denominator
+  double epsilon = 0.0;                   // added to the linear denominator
   std::vector<Segment> query_segments{};  // empty: one sequence, nothing protected
   std::vector<Segment>
-      key_segments;  // in order, contiguous, covering [0, N); sequence numbers never decrease
+      key_segments{};  // in order, contiguous, covering [0, N); sequence numbers never decrease
 };
 
 /// F: features per row, D or 2 D (the hedgehog maps).
@@ -107,10 +107,10 @@ Executor default_executor(int num_threads = 0);
 
 struct Target {
   Device device = Device::kCPU;
-  int num_threads = 1;  // CPU: sizes the workspace; results never depend on it
-  int cuda_arch = 0;    // CUDA: 80, 90, ...
+  int num_threads = 1;    // CPU: sizes the workspace; results never depend on it
+  int cuda_arch = 0;      // CUDA: 80, 90, ...
   std::string backend{};  // empty: the best that fits; else one by name ("cpu"); SPARLINE_BACKEND
-                        // overrides it
+                          // overrides it
 };
 
 class Backend;  // src/core/backend.h
@@ -181,11 +181,11 @@ struct Weights {
 };
 
 struct ForwardArgs {
-  TensorView q;            // (B, H, N_q, D)
-  TensorView k;            // (B, H_kv, N_k, D)
-  TensorView v;            // (B, H_kv, N_k, D)
+  TensorView q;              // (B, H, N_q, D)
+  TensorView k;              // (B, H_kv, N_k, D)
+  TensorView v;              // (B, H_kv, N_k, D)
   TensorView block_class{};  // int8 (B, H, T_m, T_n) if problem.has_block_map; strides may be 0;
-                           // overridden by protected spans
+                             // overridden by protected spans
   Weights weights{};
   TensorView o;    // out, (B, H, N_q, D), every element written
   TensorView lse;  // out, float32 (1, B, H, N_q): natural log of the critical sum; -inf for a row
@@ -203,9 +203,9 @@ struct BackwardArgs {
   TensorView lse;  // of the forward
   TensorView block_class{};
   Weights weights{};
-  TensorView d_q;     // out
-  TensorView d_k;     // out
-  TensorView d_v;     // out
+  TensorView d_q;       // out
+  TensorView d_k;       // out
+  TensorView d_v;       // out
   Weights d_weights{};  // out, present exactly where `weights` is
 };
 

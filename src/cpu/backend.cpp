@@ -1,13 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/backend.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
+#include <cstdint>
 #include <thread>
 
 #include "cpu/kernels.h"
 
 namespace sparline {
 namespace {
+
+/// Asks for large pages: a fresh workspace is tens of megabytes that a call touches once and the
+/// tiles then reuse at random, so small pages cost both faults and address translation. Advice
+/// only; the contents stay as they are.
+std::byte* with_large_pages(std::span<std::byte> workspace) {
+#ifdef __linux__
+  constexpr uintptr_t kPageBytes = uintptr_t{1} << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(workspace.data());
+  const uintptr_t first = (begin + kPageBytes - 1) / kPageBytes * kPageBytes;
+  const uintptr_t last = (begin + workspace.size()) / kPageBytes * kPageBytes;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return workspace.data();
+}
 
 class CpuBackend final : public Backend {
  public:
@@ -34,15 +53,15 @@ class CpuBackend final : public Backend {
 
   void route(const Plan& plan, const RouteArgs& args, std::span<std::byte> workspace,
              Stream stream) const override {
-    cpu::route(plan, args, workspace.data(), with_executor(stream, own_));
+    cpu::route(plan, args, with_large_pages(workspace), with_executor(stream, own_));
   }
   void forward(const Plan& plan, const ForwardArgs& args, std::span<std::byte> workspace,
                Stream stream) const override {
-    cpu::forward(plan, args, workspace.data(), with_executor(stream, own_));
+    cpu::forward(plan, args, with_large_pages(workspace), with_executor(stream, own_));
   }
   void backward(const Plan& plan, const BackwardArgs& args, std::span<std::byte> workspace,
                 Stream stream) const override {
-    cpu::backward(plan, args, workspace.data(), with_executor(stream, own_));
+    cpu::backward(plan, args, with_large_pages(workspace), with_executor(stream, own_));
   }
 
  private:

@@ -2,13 +2,17 @@
 //
 // Sparse-linear attention, backward (docs/math.md); the block map is constant.
 //   Saved from the forward: q, k, v, o, lse. Recomputed: phi, h_j, H_i, o_l.
-//   Sparse:  P = exp(S - lse),  dS = P (dO V^T - delta),  dV += P^T dO,  dK += scale dS^T Q,  dQ +=
-//   scale dS K Linear:  A = phi(q) / den,  dH_i = A^T dO_l,  dZ_i = -A^T d_l,  dphi(q) = (dO_l
-//   H_i^T - d_l Z_i) / den,
-//            dH^j = sum of dH_i over the rows i with j in E_i,  dphi(k) = v dH^j^T + dZ^j,  dV +=
-//            phi(k) dH^j
-//   with d_l = rowsum(dO_l o_l). Since o = o_s + o_l W^T + b, delta = rowsum(dO o_s) = rowsum(dO o)
-//   - dO b - d_l: o_s is not needed.
+//   Sparse
+//     P = exp(S - lse),  dS = P (dO V^T - delta)
+//     dV += P^T dO,  dK += scale dS^T Q,  dQ += scale dS K
+//   Linear
+//     A = phi(q) / den,  dH_i = A^T dO_l,  dZ_i = -A^T d_l,  dphi(q) = (dO_l H_i^T - d_l Z_i) / den
+//     dH^j = sum of dH_i over the rows i with j in E_i,  dZ^j likewise
+//     dphi(k) = v dH^j^T + dZ^j,  dV += phi(k) dH^j
+//   with d_l = rowsum(dO_l o_l). As o = o_s + o_l W^T + b,
+//     delta = rowsum(dO o_s) = rowsum(dO o) - dO b - d_l,
+//   so that o_s is not needed.
+//
 // Five products a tile, no atomics, and the same bits for any number of threads: queries and keys
 // of a head are cut into kChunks chunks, and in step s the tiles of (query chunk r, key chunk r +
 // s) run for all r at once. No two of them touch the same d_q, d_k or d_v, and every accumulator
@@ -43,7 +47,9 @@ struct BackwardSpace {
     float* d_o_t;      // (T_m, D x ld_rows)
     float* lse_log2;   // (T_m, ld_rows), +inf where a row has no critical key
     float* delta;      // (T_m, ld_rows)
-    float* d_states;   // tree over query blocks of (dH_i, dZ_i)
+    float* mask;       // (T_m x ld_mask): E_i
+    float* sums;       // per query block: (H_i, Z_i)
+    float* d_states;   // (dH_i, dZ_i) of all query blocks
     float* d_feature;  // per chunk, gradients of the query feature map
   };
   struct Slot {        // one (batch, kv head) in flight
@@ -51,7 +57,8 @@ struct BackwardSpace {
     float* v;          // (N_k x ld)
     float* d_k;        // (N_k x ld)
     float* d_v;        // (N_k x ld)
-    float* states;     // tree over key blocks of (h_j, z_j)
+    float* states;     // (h_j, z_j) of all key blocks
+    float* d_sums;     // per key block: (dH^j, dZ^j)
     float* d_proj;     // per chunk, gradients of the projection
     float* d_feature;  // per chunk, gradients of the key feature map
     std::byte* heads;
@@ -66,15 +73,14 @@ struct BackwardSpace {
     float* phi;          // (max block x ld_phi)
     float* a;            // (block_q x ld_phi)
     float* d_phi;        // (max block x ld_phi)
-    float* state;        // (H, Z)
-    float* state_t;      // (D x ld_phi): H^T
+    float* sum_t;        // (D x ld_phi): H^T
     float* inverse_den;  // (block_q)
     float* d_l;          // (block_q)
-    uint8_t* is_member;  // (max(T_m, T_n))
   };
 
   const Plan& plan;
-  int64_t num_features, ld, ld_rows, ld_phi, num_query_blocks, num_key_blocks, group, grad_floats;
+  int64_t num_features, ld, ld_rows, ld_phi, ld_mask, ld_sum;
+  int64_t num_query_blocks, num_key_blocks, group, grad_floats;
   float* proj;       // W (D x ld)
   float* features;   // per head W, W^T, b
   float* d_proj;     // (grad_floats)
@@ -91,6 +97,8 @@ struct BackwardSpace {
     ld_phi = leading_dim(num_features);
     num_query_blocks = static_cast<int64_t>(plan.query_blocks.size());
     num_key_blocks = static_cast<int64_t>(plan.key_blocks.size());
+    ld_mask = leading_dim(num_key_blocks);
+    ld_sum = sum_floats(num_features, p.head_dim);
     group = p.num_heads / p.num_kv_heads;
     grad_floats = p.head_dim * ld + pad(p.head_dim);
     const int64_t feature_heads = has_feature_weights(p) ? p.num_heads + p.num_kv_heads : 0;
@@ -130,14 +138,9 @@ struct BackwardSpace {
   }
 
  private:
-  int64_t tree_floats(int64_t num_leaves) const {
-    const Problem& p = plan.problem;
-    return has_linear_branch(p)
-               ? num_tree_nodes(num_leaves) * state_floats(num_features, p.head_dim)
-               : 0;
-  }
   Head carve_head(Arena& arena) const {
     const Problem& p = plan.problem;
+    const int64_t linear = has_linear_branch(p) ? 1 : 0;
     return {arena.take<float>(p.num_queries * ld),
             arena.take<float>(p.num_queries * ld),
             arena.take<float>(p.num_queries * ld),
@@ -145,16 +148,20 @@ struct BackwardSpace {
             arena.take<float>(num_query_blocks * p.head_dim * ld_rows),
             arena.take<float>(num_query_blocks * ld_rows),
             arena.take<float>(num_query_blocks * ld_rows),
-            arena.take<float>(tree_floats(num_query_blocks)),
+            arena.take<float>(linear * num_query_blocks * ld_mask),
+            arena.take<float>(linear * num_query_blocks * ld_sum),
+            arena.take<float>(linear * states_floats(num_query_blocks, num_features, p.head_dim)),
             arena.take<float>(has_feature_weights(p) ? kChunks * grad_floats : 0)};
   }
   Slot carve_slot(Arena& arena) const {
     const Problem& p = plan.problem;
+    const int64_t linear = has_linear_branch(p) ? 1 : 0;
     return {arena.take<float>(p.num_keys * ld),
             arena.take<float>(p.num_keys * ld),
             arena.take<float>(p.num_keys * ld),
             arena.take<float>(p.num_keys * ld),
-            arena.take<float>(tree_floats(num_key_blocks)),
+            arena.take<float>(linear * states_floats(num_key_blocks, num_features, p.head_dim)),
+            arena.take<float>(linear * num_key_blocks * ld_sum),
             arena.take<float>(has_projection() * kChunks * grad_floats),
             arena.take<float>(has_feature_weights(p) ? kChunks * grad_floats : 0),
             arena.take<std::byte>(group * head_bytes)};
@@ -172,11 +179,9 @@ struct BackwardSpace {
             arena.take<float>(linear * max_rows * ld_phi),
             arena.take<float>(linear * p.block_q * ld_phi),
             arena.take<float>(linear * max_rows * ld_phi),
-            arena.take<float>(linear * state_floats(num_features, p.head_dim)),
             arena.take<float>(linear * p.head_dim * ld_phi),
             arena.take<float>(linear * p.block_q),
-            arena.take<float>(linear * p.block_q),
-            arena.take<uint8_t>(std::max(num_query_blocks, num_key_blocks))};
+            arena.take<float>(linear * p.block_q)};
   }
 };
 
@@ -219,20 +224,25 @@ class Wave {
         classes_(space.plan, args.block_class),
         first_(first),
         num_slots_(num_slots),
-        leaf_(state_floats(space.num_features, space.plan.problem.head_dim)),
         is_linear_(has_linear_branch(space.plan.problem)) {}
 
   void run() const {
     run_tasks(plan_, stream_, num_slots_ * kChunks,
               [&](int64_t task, int64_t worker) { keys_in(task, worker); });
-    if (is_linear_)
-      build_trees(1, space_.num_key_blocks,
-                  [&](int64_t n, int64_t) { return space_.slot(n).states; });
+    if (is_linear_) {
+      run_tasks(plan_, stream_, num_slots_ * space_.group, [&](int64_t task, int64_t) {
+        const int64_t n = task / space_.group, g = task % space_.group;
+        fill_linear_mask(plan_, classes_, batch_of(n), kv_head_of(n) * space_.group + g,
+                         space_.head(space_.slot(n), g).mask, space_.ld_mask);
+      });
+      run_tasks(plan_, stream_, num_slots_ * kFeatureSlices,
+                [&](int64_t task, int64_t) { sum_key_states(task); });
+    }
     run_tasks(plan_, stream_, num_slots_ * kChunks,
               [&](int64_t task, int64_t worker) { queries_in(task, worker); });
     if (is_linear_) {
-      build_trees(space_.group, space_.num_query_blocks,
-                  [&](int64_t n, int64_t g) { return space_.head(space_.slot(n), g).d_states; });
+      run_tasks(plan_, stream_, num_slots_ * kFeatureSlices,
+                [&](int64_t task, int64_t) { sum_query_states(task); });
     }
     for (int64_t step = 0; step < kChunks; ++step) {
       run_tasks(plan_, stream_, num_slots_ * kChunks,
@@ -287,8 +297,9 @@ class Wave {
       if (!is_linear_) continue;
       feature_map(p_.feature_map, p_.head_dim, key_weights(h_kv), slot.k + at, block.rows, w.y,
                   w.phi);
-      key_block_state(space_.num_features, p_.head_dim, w.phi, slot.v + at, block.rows,
-                      slot.states + j * leaf_);
+      block_state(
+          space_.num_features, p_.head_dim, w.phi, slot.v + at, nullptr, block.rows,
+          state_of(slot.states, j, space_.num_key_blocks, space_.num_features, p_.head_dim));
     }
   }
 
@@ -330,17 +341,17 @@ class Wave {
         }
         if (!is_linear_) continue;
         if (block.is_protected) {
-          std::fill_n(head.d_states + i * leaf_, leaf_, 0.0f);
+          clear_state(query_state(head, i));
         } else {
-          linear_queries(slot, head, w, b, h, i, chunk, delta);
+          linear_queries(slot, head, w, h, i, chunk, delta);
         }
       }
     }
   }
 
   void linear_queries(const BackwardSpace::Slot& slot, const BackwardSpace::Head& head,
-                      const BackwardSpace::Worker& w, int64_t b, int64_t h, int64_t i,
-                      int64_t chunk, float* delta) const {
+                      const BackwardSpace::Worker& w, int64_t h, int64_t i, int64_t chunk,
+                      float* delta) const {
     const Block& block = plan_.query_blocks[i];
     const int64_t rows = block.rows, head_dim = p_.head_dim, features = space_.num_features;
     const int64_t ld = space_.ld, ld_phi = space_.ld_phi;
@@ -349,13 +360,9 @@ class Wave {
 
     // The forward's o_l again.
     feature_map(p_.feature_map, head_dim, query_weights(h), q, rows, w.y, w.phi);
-    const BlockRange keys = blocks_of_sequence(plan_.key_blocks, block.sequence);
-    mark_linear_set(p_, classes_, b, h, i, keys, w.is_member);
-    std::fill_n(w.state, leaf_, 0.0f);
-    const bool any =
-        SumTree(slot.states, space_.num_key_blocks, leaf_).add_members(keys, w.is_member, w.state);
-    linear_output(p_, features, w.phi, w.state, !any, rows, w.o_l, w.inverse_den);
-    const float* const z = w.state + features * ld;
+    const float* const sum = head.sums + i * space_.ld_sum;
+    const float* const z = sum + features * ld;
+    linear_output(p_, features, w.phi, sum, rows, w.o_l, w.inverse_den);
 
     // Through the combination: d_o_l, d_l, and what delta holds beyond the sparse branch.
     const float* d_o_l = d_o;
@@ -378,29 +385,26 @@ class Wave {
       delta[r] -= w.d_l[r];
     }
 
-    // dH_i and dZ_i: a leaf of the tree over query blocks.
-    float* const d_state = head.d_states + i * leaf_;
-    float* const d_z = d_state + features * ld;
-    std::fill_n(d_state, leaf_, 0.0f);
+    // dH_i = A^T d_o_l, dZ_i = -A^T d_l.
     for (int64_t r = 0; r < rows; ++r) {
       std::fill_n(w.a + r * ld_phi, pad(features), 0.0f);
-      if (w.inverse_den[r] == 0.0f) continue;
-      add_scaled(features, w.inverse_den[r], w.phi + r * ld_phi, w.a + r * ld_phi);
-      add_scaled(features, -w.d_l[r], w.a + r * ld_phi, d_z);
+      if (w.inverse_den[r] != 0.0f) {
+        add_scaled(features, w.inverse_den[r], w.phi + r * ld_phi, w.a + r * ld_phi);
+      }
+      w.d_l[r] = -w.d_l[r];
     }
-    gemm<Into::kAdd>(features, pad(head_dim), rows, columns_of(w.a, ld_phi), d_o_l, ld, d_state,
-                     ld);
+    block_state(features, head_dim, w.a, d_o_l, w.d_l, rows, query_state(head, i));
 
     // dphi(q), through the map into d_q.
-    transpose(w.state, ld, features, head_dim, 1.0f, w.state_t, ld_phi);
-    gemm<Into::kOverwrite>(rows, pad(features), head_dim, rows_of(d_o_l, ld), w.state_t, ld_phi,
+    transpose(sum, ld, features, head_dim, 1.0f, w.sum_t, ld_phi);
+    gemm<Into::kOverwrite>(rows, pad(features), head_dim, rows_of(d_o_l, ld), w.sum_t, ld_phi,
                            w.d_phi, ld_phi);
     for (int64_t r = 0; r < rows; ++r) {
       float* const row = w.d_phi + r * ld_phi;
       if (w.inverse_den[r] == 0.0f) {
         std::fill_n(row, pad(features), 0.0f);
       } else {
-        add_scaled(features, -w.d_l[r], z, row);
+        add_scaled(features, w.d_l[r], z, row);
         scale_row(features, w.inverse_den[r], row);
       }
     }
@@ -469,30 +473,21 @@ class Wave {
   void linear_keys(const BackwardSpace::Slot& slot, const BackwardSpace::Worker& w, int64_t n,
                    int64_t j, int64_t chunk) const {
     const Block& block = plan_.key_blocks[j];
-    const int64_t head_dim = p_.head_dim, features = space_.num_features, ld = space_.ld,
-                  ld_phi = space_.ld_phi;
-    const int64_t b = batch_of(n), h_kv = kv_head_of(n), at = block.begin * ld;
-    const BlockRange queries = blocks_of_sequence(plan_.query_blocks, block.sequence);
-    std::fill_n(w.state, leaf_, 0.0f);
-    bool any = false;
-    for (int64_t g = 0; g < space_.group; ++g) {
-      for (int64_t i = queries.begin; i < queries.end; ++i) {
-        w.is_member[i] = in_linear_set(p_.linear_scope, classes_(b, h_kv * space_.group + g, i, j));
-      }
-      any |= SumTree(space_.head(slot, g).d_states, space_.num_query_blocks, leaf_)
-                 .add_members(queries, w.is_member, w.state);
-    }
-    if (!any) return;
-    const float* const d_z = w.state + features * ld;
-    feature_map(p_.feature_map, head_dim, key_weights(h_kv), slot.k + at, block.rows, w.y, w.phi);
-    gemm<Into::kAdd>(block.rows, pad(head_dim), features, rows_of(w.phi, ld_phi), w.state, ld,
+    const int64_t head_dim = p_.head_dim, features = space_.num_features;
+    const int64_t ld = space_.ld, ld_phi = space_.ld_phi, at = block.begin * ld;
+    const float* const d_sum = slot.d_sums + j * space_.ld_sum;
+    const float* const d_z = d_sum + features * ld;
+    feature_map(p_.feature_map, head_dim, key_weights(kv_head_of(n)), slot.k + at, block.rows, w.y,
+                w.phi);
+    gemm<Into::kAdd>(block.rows, pad(head_dim), features, rows_of(w.phi, ld_phi), d_sum, ld,
                      slot.d_v + at, ld);
-    transpose(w.state, ld, features, head_dim, 1.0f, w.state_t, ld_phi);
-    gemm<Into::kOverwrite>(block.rows, pad(features), head_dim, rows_of(slot.v + at, ld), w.state_t,
+    transpose(d_sum, ld, features, head_dim, 1.0f, w.sum_t, ld_phi);
+    gemm<Into::kOverwrite>(block.rows, pad(features), head_dim, rows_of(slot.v + at, ld), w.sum_t,
                            ld_phi, w.d_phi, ld_phi);
     for (int64_t r = 0; r < block.rows; ++r) add_scaled(features, 1.0f, d_z, w.d_phi + r * ld_phi);
-    feature_map_backward(p_.feature_map, head_dim, key_weights(h_kv), slot.k + at, w.phi, w.d_phi,
-                         block.rows, w.y, slot.d_k + at, feature_grads(slot.d_feature, chunk));
+    feature_map_backward(p_.feature_map, head_dim, key_weights(kv_head_of(n)), slot.k + at, w.phi,
+                         w.d_phi, block.rows, w.y, slot.d_k + at,
+                         feature_grads(slot.d_feature, chunk));
   }
 
   void queries_out(int64_t task) const {
@@ -509,15 +504,39 @@ class Wave {
     }
   }
 
-  template <class TreeOf>
-  void build_trees(int64_t trees_per_slot, int64_t num_leaves, const TreeOf& tree_of) const {
-    constexpr int64_t kSlices = 16;
-    run_tasks(plan_, stream_, num_slots_ * trees_per_slot * kSlices, [&](int64_t task, int64_t) {
-      const int64_t tree = task / kSlices;
-      const BlockRange slice = share(leaf_ / kPadFloats, task % kSlices, kSlices);
-      SumTree(tree_of(tree / trees_per_slot, tree % trees_per_slot), num_leaves, leaf_)
-          .build(slice.begin * kPadFloats, slice.end * kPadFloats);
-    });
+  StateView query_state(const BackwardSpace::Head& head, int64_t i) const {
+    return state_of(head.d_states, i, space_.num_query_blocks, space_.num_features, p_.head_dim);
+  }
+  void clear_state(StateView state) const {
+    for (int64_t f = 0; f < space_.num_features; ++f) {
+      std::fill_n(state.h + f * state.h_row, pad(p_.head_dim), 0.0f);
+    }
+    std::fill_n(state.z, pad(space_.num_features), 0.0f);
+  }
+
+  /// (H_i, Z_i) of every query block, for a slice of the features.
+  void sum_key_states(int64_t task) const {
+    const BackwardSpace::Slot slot = space_.slot(task / kFeatureSlices);
+    for (int64_t g = 0; g < space_.group; ++g) {
+      const BackwardSpace::Head head = space_.head(slot, g);
+      sum_states<Into::kOverwrite>(
+          rows_of(head.mask, space_.ld_mask), space_.num_query_blocks, space_.num_key_blocks,
+          slot.states, space_.num_features, p_.head_dim,
+          share(space_.num_features + 1, task % kFeatureSlices, kFeatureSlices), head.sums);
+    }
+  }
+
+  /// (dH^j, dZ^j) of every key block, over the whole group, for a slice of the features.
+  void sum_query_states(int64_t task) const {
+    const BackwardSpace::Slot slot = space_.slot(task / kFeatureSlices);
+    const BlockRange features =
+        share(space_.num_features + 1, task % kFeatureSlices, kFeatureSlices);
+    for (int64_t g = 0; g < space_.group; ++g) {
+      const BackwardSpace::Head head = space_.head(slot, g);
+      const auto sum = g == 0 ? sum_states<Into::kOverwrite> : sum_states<Into::kAdd>;
+      sum(columns_of(head.mask, space_.ld_mask), space_.num_key_blocks, space_.num_query_blocks,
+          head.d_states, space_.num_features, p_.head_dim, features, slot.d_sums);
+    }
   }
 
   /// Adds the chunks' weight gradients to the totals, in a fixed order.
@@ -546,7 +565,7 @@ class Wave {
   const BackwardArgs& args_;
   const Stream& stream_;
   const BlockClasses classes_;
-  const int64_t first_, num_slots_, leaf_;
+  const int64_t first_, num_slots_;
   const bool is_linear_;
 };
 

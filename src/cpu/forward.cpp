@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Sparse-linear attention, forward (docs/math.md).
-//   Over the critical key blocks j of query block i:  S = scale q_i k_j^T,  o_s = softmax(S) v, lse
-//   = ln sum exp S Over its linear set E_i:                          o_l = phi(q) H_i / phi(q) Z_i,
-//   H_i = sum h_j,  Z_i = sum z_j o = o_s, o_l, o_s + o_l or o_s + o_l W^T + b
-// (batch, kv head) pairs run in waves of plan.heads_per_wave. In a wave: key blocks are staged as
-// float32 tiles with their h_j, z_j; the sums of aligned runs of them are built; then every query
-// block of every query head is one task. Scores are computed transposed, S^T = k_j q_i^T: the
-// softmax then runs down the columns without horizontal sums, and k_j and v_j are used as they lie
-// in memory. Base-2 exponent; statistics float32; a row without a critical key gives o_s = 0, lse =
-// -inf.
+//   Over the critical key blocks j of query block i
+//     S = scale q_i k_j^T,  o_s = softmax(S) v,  lse = ln sum exp S
+//   over its linear set E_i
+//     o_l = phi(q) H_i / phi(q) Z_i,  H_i = sum h_j,  Z_i = sum z_j
+//   o = o_s, o_l, o_s + o_l or o_s + o_l W^T + b
+//
+// (batch, kv head) pairs run in waves of plan.heads_per_wave. In a wave, key blocks are staged as
+// float32 tiles with their h_j and z_j, H_i and Z_i are summed, and then every query block of every
+// query head is one task. Scores are computed transposed, S^T = k_j q_i^T: the softmax then runs
+// down the columns without horizontal sums, and k_j and v_j are used as they lie in memory. Base-2
+// exponent; statistics float32; a row without a critical key gives o_s = 0, lse = -inf.
 
 #include "cpu/targets.h"
 
@@ -32,7 +34,9 @@ struct ForwardSpace {
   struct Slot {     // one (batch, kv head) in flight
     float* k;       // (N_k x ld)
     float* v;       // (N_k x ld)
-    float* states;  // tree of (h_j, z_j)
+    float* states;  // (h_j, z_j) of all key blocks
+    float* masks;   // per query head of the group (T_m x ld_mask): E_i
+    float* sums;    // per query head of the group, per query block: (H_i, Z_i)
   };
   struct Worker {
     float* q;            // (block_q x ld)
@@ -42,12 +46,10 @@ struct ForwardSpace {
     float* o_l;          // (block_q x ld)
     float* y;            // (max block x ld), hedgehog preactivations
     float* phi;          // (max block x ld_phi)
-    float* state;        // (H_i, Z_i)
     float* inverse_den;  // (block_q)
     float* row_max;      // (ld_rows), log2 units
     float* row_sum;      // (ld_rows)
     float* row_scale;    // (ld_rows)
-    uint8_t* is_member;  // (T_n)
   };
   float* weights;  // staged learned tensors: proj^T, then per head W, W^T, b
   std::byte* slots;
@@ -57,7 +59,8 @@ struct ForwardSpace {
   int64_t total_bytes;
 
   const Plan& plan;
-  int64_t num_features, ld, ld_rows, ld_phi, num_key_blocks, num_weight_heads;
+  int64_t num_features, ld, ld_rows, ld_phi, ld_mask;
+  int64_t num_query_blocks, num_key_blocks, group, num_weight_heads;
 
   ForwardSpace(const Plan& plan_in, std::byte* base) : plan(plan_in) {
     const Problem& p = plan.problem;
@@ -65,7 +68,10 @@ struct ForwardSpace {
     ld = leading_dim(p.head_dim);
     ld_rows = leading_dim(p.block_q);
     ld_phi = leading_dim(num_features);
+    num_query_blocks = static_cast<int64_t>(plan.query_blocks.size());
     num_key_blocks = static_cast<int64_t>(plan.key_blocks.size());
+    ld_mask = leading_dim(num_key_blocks);
+    group = p.num_heads / p.num_kv_heads;
     num_weight_heads = has_feature_weights(p) ? p.num_heads + p.num_kv_heads : 0;
     Arena arena(base);
     weights = arena.take<float>(p.head_dim * ld + num_weight_heads * weight_floats());
@@ -98,9 +104,12 @@ struct ForwardSpace {
  private:
   Slot carve_slot(Arena& arena) const {
     const Problem& p = plan.problem;
-    const int64_t nodes = has_linear_branch(p) ? num_tree_nodes(num_key_blocks) : 0;
+    const int64_t linear = has_linear_branch(p) ? 1 : 0;
     return {arena.take<float>(p.num_keys * ld), arena.take<float>(p.num_keys * ld),
-            arena.take<float>(nodes * state_floats(num_features, p.head_dim))};
+            arena.take<float>(linear * states_floats(num_key_blocks, num_features, p.head_dim)),
+            arena.take<float>(linear * group * num_query_blocks * ld_mask),
+            arena.take<float>(linear * group * num_query_blocks *
+                              sum_floats(num_features, p.head_dim))};
   }
   Worker carve_worker(Arena& arena) const {
     const Problem& p = plan.problem;
@@ -114,12 +123,10 @@ struct ForwardSpace {
             arena.take<float>(linear * p.block_q * ld),
             arena.take<float>(hedgehog * max_rows * ld),
             arena.take<float>(linear * max_rows * ld_phi),
-            arena.take<float>(linear * state_floats(num_features, p.head_dim)),
             arena.take<float>(linear * p.block_q),
             arena.take<float>(ld_rows),
             arena.take<float>(ld_rows),
-            arena.take<float>(ld_rows),
-            arena.take<uint8_t>(num_key_blocks)};
+            arena.take<float>(ld_rows)};
   }
 };
 
@@ -199,22 +206,16 @@ FeatureWeights head_feature_weights(const ForwardSpace& space, int64_t head, boo
   return {tile, tile + matrix, has_bias ? tile + 2 * matrix : nullptr};
 }
 
-/// Adds the linear branch to w.o (or replaces it).
-void linear_branch(const ForwardSpace& space, const ForwardSpace::Slot& slot,
-                   const ForwardSpace::Worker& w, const ForwardArgs& args,
-                   const BlockClasses& classes, int64_t b, int64_t h, int64_t i, BlockRange keys) {
+/// Adds the linear branch to w.o (or replaces it); `sum` is (H_i, Z_i).
+void linear_branch(const ForwardSpace& space, const ForwardSpace::Worker& w,
+                   const ForwardArgs& args, int64_t h, int64_t rows, const float* sum) {
   const Problem& problem = space.plan.problem;
   const int64_t head_dim = problem.head_dim, ld = space.ld, features = space.num_features;
-  const int64_t rows = space.plan.query_blocks[i].rows, leaf = state_floats(features, head_dim);
   feature_map(problem.feature_map, head_dim,
               head_feature_weights(space, h, bool(args.weights.feature_bias_q)), w.q, rows, w.y,
               w.phi);
-  mark_linear_set(problem, classes, b, h, i, keys, w.is_member);
-  std::fill(w.state, w.state + leaf, 0.0f);
-  const bool any =
-      SumTree(slot.states, space.num_key_blocks, leaf).add_members(keys, w.is_member, w.state);
   float* o_l = problem.combine == Combine::kLinear ? w.o : w.o_l;
-  linear_output(problem, features, w.phi, w.state, !any, rows, o_l, w.inverse_den);
+  linear_output(problem, features, w.phi, sum, rows, o_l, w.inverse_den);
   if (problem.combine == Combine::kProjection) {
     gemm<Into::kAdd>(rows, pad(head_dim), head_dim, rows_of(o_l, ld), space.weights, ld, w.o, ld);
     if (args.weights.proj_bias) {
@@ -255,62 +256,72 @@ void Forward(const Plan& plan, const ForwardArgs& args, std::byte* workspace,
   const ForwardSpace space(plan, workspace);
   const BlockClasses classes(plan, args.block_class);
   const int64_t head_dim = problem.head_dim, ld = space.ld, features = space.num_features;
-  const int64_t num_query_blocks = static_cast<int64_t>(plan.query_blocks.size());
-  const int64_t group = problem.num_heads / problem.num_kv_heads;
-  const int64_t leaf = state_floats(features, head_dim);
-  const bool linear = has_linear_branch(problem);
+  const int64_t num_query_blocks = space.num_query_blocks, num_key_blocks = space.num_key_blocks;
+  const int64_t group = space.group, mask_floats = num_query_blocks * space.ld_mask;
+  const int64_t ld_sum = sum_floats(features, head_dim);
+  const bool is_linear = has_linear_branch(problem);
   stage_weights(space, args.weights);
 
   const int64_t num_pairs = problem.batch * problem.num_kv_heads;
   for (int64_t first = 0; first < num_pairs; first += plan.heads_per_wave) {
     const int64_t wave = std::min(plan.heads_per_wave, num_pairs - first);
+    const auto batch_of = [&](int64_t n) { return (first + n) / problem.num_kv_heads; };
+    const auto kv_head_of = [&](int64_t n) { return (first + n) % problem.num_kv_heads; };
 
-    run_tasks(plan, stream, wave * space.num_key_blocks, [&](int64_t task, int64_t worker) {
-      const int64_t n = task / space.num_key_blocks, j = task % space.num_key_blocks;
-      const int64_t b = (first + n) / problem.num_kv_heads,
-                    h_kv = (first + n) % problem.num_kv_heads;
+    run_tasks(plan, stream, wave * num_key_blocks, [&](int64_t task, int64_t worker) {
+      const int64_t n = task / num_key_blocks, j = task % num_key_blocks;
       const ForwardSpace::Slot slot = space.slot(n);
       const Block& block = plan.key_blocks[j];
       float* const k = slot.k + block.begin * ld;
       float* const v = slot.v + block.begin * ld;
-      load_rows(args.k, b, h_kv, block.begin, block.rows, 1.0f, k, ld);
-      load_rows(args.v, b, h_kv, block.begin, block.rows, 1.0f, v, ld);
-      if (!linear) return;
+      load_rows(args.k, batch_of(n), kv_head_of(n), block.begin, block.rows, 1.0f, k, ld);
+      load_rows(args.v, batch_of(n), kv_head_of(n), block.begin, block.rows, 1.0f, v, ld);
+      if (!is_linear) return;
       const ForwardSpace::Worker w = space.worker(worker);
-      feature_map(
-          problem.feature_map, head_dim,
-          head_feature_weights(space, problem.num_heads + h_kv, bool(args.weights.feature_bias_k)),
-          k, block.rows, w.y, w.phi);
-      key_block_state(features, head_dim, w.phi, v, block.rows, slot.states + j * leaf);
+      feature_map(problem.feature_map, head_dim,
+                  head_feature_weights(space, problem.num_heads + kv_head_of(n),
+                                       bool(args.weights.feature_bias_k)),
+                  k, block.rows, w.y, w.phi);
+      block_state(features, head_dim, w.phi, v, nullptr, block.rows,
+                  state_of(slot.states, j, num_key_blocks, features, head_dim));
     });
 
-    if (linear) {
-      constexpr int64_t kSlices = 16;
-      run_tasks(plan, stream, wave * kSlices, [&](int64_t task, int64_t) {
-        const BlockRange slice = share(leaf / kPadFloats, task % kSlices, kSlices);
-        SumTree(space.slot(task / kSlices).states, space.num_key_blocks, leaf)
-            .build(slice.begin * kPadFloats, slice.end * kPadFloats);
+    if (is_linear) {
+      run_tasks(plan, stream, wave * group, [&](int64_t task, int64_t) {
+        const int64_t n = task / group, g = task % group;
+        fill_linear_mask(plan, classes, batch_of(n), kv_head_of(n) * group + g,
+                         space.slot(n).masks + g * mask_floats, space.ld_mask);
+      });
+      run_tasks(plan, stream, wave * group * kFeatureSlices, [&](int64_t task, int64_t) {
+        const int64_t n = task / kFeatureSlices / group, g = task / kFeatureSlices % group;
+        const ForwardSpace::Slot slot = space.slot(n);
+        sum_states<Into::kOverwrite>(rows_of(slot.masks + g * mask_floats, space.ld_mask),
+                                     num_query_blocks, num_key_blocks, slot.states, features,
+                                     head_dim,
+                                     share(features + 1, task % kFeatureSlices, kFeatureSlices),
+                                     slot.sums + g * num_query_blocks * ld_sum);
       });
     }
 
     run_tasks(plan, stream, wave * group * num_query_blocks, [&](int64_t task, int64_t worker) {
-      const int64_t i = task % num_query_blocks, n = task / num_query_blocks / group;
-      const int64_t b = (first + n) / problem.num_kv_heads;
-      const int64_t h =
-          (first + n) % problem.num_kv_heads * group + task / num_query_blocks % group;
+      const int64_t i = task % num_query_blocks, g = task / num_query_blocks % group;
+      const int64_t n = task / num_query_blocks / group;
+      const int64_t b = batch_of(n), h = kv_head_of(n) * group + g;
       const ForwardSpace::Slot slot = space.slot(n);
       const ForwardSpace::Worker w = space.worker(worker);
       const Block& block = plan.query_blocks[i];
-      const BlockRange keys = blocks_of_sequence(plan.key_blocks, block.sequence);
       load_rows(args.q, b, h, block.begin, block.rows, 1.0f, w.q, ld);
-      float* const lse = args.lse.row<float>(0, b, h) + block.begin * args.lse.stride[3];
+      float* const lse = args.lse.row<float>(0, b, h) + block.begin;
       if (problem.combine == Combine::kLinear && !block.is_protected) {
-        std::fill(lse, lse + block.rows, -HUGE_VALF);
+        std::fill_n(lse, block.rows, -HUGE_VALF);
       } else {
+        const BlockRange keys = blocks_of_sequence(plan.key_blocks, block.sequence);
         sparse_branch(space, slot, w, classes, b, h, i, keys, lse);
       }
-      if (linear && !block.is_protected)
-        linear_branch(space, slot, w, args, classes, b, h, i, keys);
+      if (is_linear && !block.is_protected) {
+        linear_branch(space, w, args, h, block.rows,
+                      slot.sums + (g * num_query_blocks + i) * ld_sum);
+      }
       store_rows(w.o, ld, args.o, b, h, block.begin, block.rows);
     });
   }

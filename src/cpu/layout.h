@@ -57,17 +57,21 @@ class BlockClasses {
   const TensorView& map_;
 };
 
-/// Nodes of a SumTree.
-constexpr int64_t num_tree_nodes(int64_t num_leaves) {
-  int64_t nodes = 0;
-  for (int64_t count = num_leaves; count > 0; count /= 2) nodes += count;
-  return nodes;
+/// Floats of the block states (h_j, z_j) of `num_blocks` blocks, feature by feature: h as (F,
+/// num_blocks, leading_dim(D)), then z as (num_blocks, leading_dim(F)). This is the layout of a
+/// state that is summed over blocks.
+constexpr int64_t states_floats(int64_t num_blocks, int64_t num_features, int64_t head_dim) {
+  return num_blocks * (num_features * leading_dim(head_dim) + leading_dim(num_features));
 }
 
-/// Floats of one block state: H (F x leading_dim(D)) followed by Z (pad(F)).
-constexpr int64_t state_floats(int64_t num_features, int64_t head_dim) {
+/// Floats of one block's sum (H_i, Z_i): H (F x leading_dim(D)), then Z (pad(F)). This is the
+/// layout of a state that is multiplied with.
+constexpr int64_t sum_floats(int64_t num_features, int64_t head_dim) {
   return num_features * leading_dim(head_dim) + pad(num_features);
 }
+
+/// Parts into which the features of a head are cut to sum states in parallel.
+constexpr int64_t kFeatureSlices = 16;
 
 /// Runs body(task, worker) for every task; worker numbers index scratch memory and stay below the
 /// plan's num_threads.

@@ -11,7 +11,6 @@
 #endif
 
 #include "cpu/feature_map-inl.h"
-#include "cpu/sum_tree-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace sparline::cpu::HWY_NAMESPACE {
@@ -28,55 +27,85 @@ HWY_INLINE FeatureWeights stage_feature_weights(const TensorView& weight, const 
   return {tile, tile_t, bias ? row : nullptr};
 }
 
-/// state = (h_j, z_j) = (sum of phi(k)^T v, sum of phi(k)) over the rows of a key block.
-HWY_INLINE void key_block_state(int64_t num_features, int64_t head_dim, const float* phi_k,
-                                const float* v, int64_t num_rows, float* state) {
+/// Where block n's state lies among those of `num_blocks` blocks.
+struct StateView {
+  float* h;  // row f at h + f * h_row
+  int64_t h_row;
+  float* z;
+};
+HWY_INLINE StateView state_of(float* states, int64_t n, int64_t num_blocks, int64_t num_features,
+                              int64_t head_dim) {
+  const int64_t ld = leading_dim(head_dim);
+  return {states + n * ld, num_blocks * ld,
+          states + num_features * num_blocks * ld + n * leading_dim(num_features)};
+}
+
+/// state = (a^T x, a^T weight) over the rows of a block; no weight stands for ones. With a = phi(k)
+/// and x = v: h_j and z_j.
+HWY_INLINE void block_state(int64_t num_features, int64_t head_dim, const float* a, const float* x,
+                            const float* weight, int64_t num_rows, StateView state) {
   const int64_t ld = leading_dim(head_dim), ld_phi = leading_dim(num_features);
-  gemm<Into::kOverwrite>(num_features, pad(head_dim), num_rows, columns_of(phi_k, ld_phi), v, ld,
-                         state, ld);
-  for (int64_t f = 0; f < num_features; ++f)
-    std::fill(state + f * ld + pad(head_dim), state + (f + 1) * ld, 0.0f);
-  float* z = state + num_features * ld;
-  std::fill(z, z + pad(num_features), 0.0f);
-  for (int64_t r = 0; r < num_rows; ++r) add_scaled(num_features, 1.0f, phi_k + r * ld_phi, z);
+  gemm<Into::kOverwrite>(num_features, pad(head_dim), num_rows, columns_of(a, ld_phi), x, ld,
+                         state.h, state.h_row);
+  std::fill_n(state.z, pad(num_features), 0.0f);
+  for (int64_t r = 0; r < num_rows; ++r) {
+    add_scaled(num_features, weight == nullptr ? 1.0f : weight[r], a + r * ld_phi, state.z);
+  }
 }
 
-/// Whether a key block of this class belongs to E_i.
-HWY_INLINE bool in_linear_set(LinearScope scope, int block_class) {
-  return scope == LinearScope::kAll ||
-         (scope == LinearScope::kMarginal ? block_class == 0 : block_class != 1);
+/// mask (T_m x ld_mask): 1 where key block j belongs to E_i, else 0. Protected queries have no
+/// linear branch.
+inline void fill_linear_mask(const Plan& plan, const BlockClasses& classes, int64_t b, int64_t h,
+                             float* mask, int64_t ld_mask) {
+  const LinearScope scope = plan.problem.linear_scope;
+  for (size_t i = 0; i < plan.query_blocks.size(); ++i, mask += ld_mask) {
+    std::fill_n(mask, ld_mask, 0.0f);
+    const Block& block = plan.query_blocks[i];
+    if (block.is_protected) continue;
+    const BlockRange keys = blocks_of_sequence(plan.key_blocks, block.sequence);
+    for (int64_t j = keys.begin; j < keys.end; ++j) {
+      const int block_class = classes(b, h, static_cast<int64_t>(i), j);
+      const bool is_member =
+          scope == LinearScope::kAll ||
+          (scope == LinearScope::kMarginal ? block_class == 0 : block_class != 1);
+      mask[j] = is_member ? 1.0f : 0.0f;
+    }
+  }
 }
 
-/// Marks E_i among the key blocks of the query block's sequence.
-inline void mark_linear_set(const Problem& problem, const BlockClasses& classes, int64_t b,
-                            int64_t h, int64_t i, BlockRange keys, uint8_t* is_member) {
-  for (int64_t j = keys.begin; j < keys.end; ++j) {
-    is_member[j] = in_linear_set(problem.linear_scope, classes(b, h, i, j));
+/// sums[m] = or += the sum over n of mask(m, n) state n, for the features [begin, end) of 0..F,
+/// where "feature" F stands for z. The product with a 0/1 matrix adds up exactly the members. Total
+/// minus the others would be cheaper, but leaves rounding noise where the true sum is tiny or zero,
+/// and the linear branch divides by such a sum.
+template <Into kInto>
+void sum_states(Operand mask, int64_t num_sums, int64_t num_states, const float* states,
+                int64_t num_features, int64_t head_dim, BlockRange features, float* sums) {
+  const int64_t ld = leading_dim(head_dim), ld_sum = sum_floats(num_features, head_dim);
+  for (int64_t f = features.begin; f < features.end; ++f) {
+    const int64_t width = f < num_features ? head_dim : num_features;
+    gemm<kInto>(num_sums, pad(width), num_states, mask, states + f * num_states * ld,
+                leading_dim(width), sums + f * ld, ld_sum);
   }
 }
 
 /// o_l = phi(q) H / (phi(q) . Z + epsilon) and 1 / den per row; both 0 where den is not a positive
 /// finite number (the empty rule).
 HWY_INLINE void linear_output(const Problem& problem, int64_t num_features, const float* phi_q,
-                              const float* state, bool is_empty, int64_t num_rows, float* o_l,
-                              float* inverse_den) {
-  const int64_t head_dim = problem.head_dim, ld = leading_dim(head_dim),
-                ld_phi = leading_dim(num_features);
-  const float* z = state + num_features * ld;
-  if (!is_empty) {
-    gemm<Into::kOverwrite>(num_rows, pad(head_dim), num_features, rows_of(phi_q, ld_phi), state, ld,
-                           o_l, ld);
-  }
+                              const float* sum, int64_t num_rows, float* o_l, float* inverse_den) {
+  const int64_t head_dim = problem.head_dim, ld = leading_dim(head_dim);
+  const int64_t ld_phi = leading_dim(num_features);
+  const float* z = sum + num_features * ld;
+  gemm<Into::kOverwrite>(num_rows, pad(head_dim), num_features, rows_of(phi_q, ld_phi), sum, ld,
+                         o_l, ld);
   for (int64_t r = 0; r < num_rows; ++r) {
     const float den =
-        is_empty ? 0.0f
-                 : dot(num_features, phi_q + r * ld_phi, z) + static_cast<float>(problem.epsilon);
+        dot(num_features, phi_q + r * ld_phi, z) + static_cast<float>(problem.epsilon);
     const bool is_usable = den > 0.0f && std::isfinite(den) && std::isfinite(1.0f / den);
     inverse_den[r] = is_usable ? 1.0f / den : 0.0f;
     if (is_usable) {
       scale_row(head_dim, inverse_den[r], o_l + r * ld);
     } else {
-      std::fill(o_l + r * ld, o_l + r * ld + pad(head_dim), 0.0f);
+      std::fill_n(o_l + r * ld, pad(head_dim), 0.0f);
     }
   }
 }
