@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``sparline generate | doctor | explain | bench``.
+
+Wrong input ends in one line on stderr and exit code 2; a traceback is a bug.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+app = typer.Typer(
+    name="sparline",
+    help="Sparse-linear attention for video diffusion.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+
+@contextmanager
+def _one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Turns errors that carry a sentence for the user into one line and exit code 2."""
+    try:
+        yield
+    except kinds as error:
+        print(f"sparline: {' '.join(str(error).split())}", file=sys.stderr)
+        raise typer.Exit(2) from error
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of a diffusers pipeline. [default: the bundled model]"),
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="Attention method; 'original' is the model's own.")
+    ] = "sla",
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            help="Methods to run at equal seeds, against the first: dense,sla or sla:keep_ratio=0.1"
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Option of the methods, such as keep_ratio=0.1; repeatable."),
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Learned tensors of the method (sparline.save_state).")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="What to show; the bundled model takes a class name.")
+    ] = None,
+    init_video: Annotated[
+        Path | None, typer.Option(help="Regenerate this clip instead of starting from noise.")
+    ] = None,
+    strength: Annotated[float, typer.Option(help="Share of the clip to replace, in (0, 1].")] = 0.6,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off.")] = 2.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    frames: Annotated[int | None, typer.Option(min=1, help="[default: the model's]")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="[default: the model's]")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="[default: the model's]")] = None,
+    dense_steps: Annotated[
+        int, typer.Option(min=0, help="First steps that keep the model's own attention.")
+    ] = 0,
+    dense_layers: Annotated[
+        str, typer.Option(help="Layers that keep the model's own attention: 0,1,-1")
+    ] = "",
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("outputs/generate"),
+    gif: Annotated[bool, typer.Option("--gif", help="Write .gif instead of .mp4.")] = False,
+) -> None:
+    """Generate a clip with a video model, its attention replaced; or compare several methods."""
+    with _one_line_errors(ImportError):
+        from sparline import generate as job_module
+        from sparline.generate import InputError, Job, Result
+    _quiet_host_libraries()
+    with _one_line_errors(InputError, ImportError):
+        variants = job_module.parse_variants(compare or method, option or [], state)
+        layers = job_module.parse_layers(dense_layers)
+        job_module.check_output(out)
+        pipeline = job_module.load_pipeline(model)
+        sizes = job_module.default_size(pipeline)
+        job = Job(
+            prompt=prompt if prompt is not None else job_module.default_prompt(pipeline),
+            num_frames=frames or sizes[0],
+            height=height or sizes[1],
+            width=width or sizes[2],
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            init_video=init_video,
+            strength=strength,
+            dense_steps=dense_steps,
+            dense_layers=layers,
+        )
+        job_module.check_job(pipeline, job)
+        if init_video is not None:
+            job_module.read_init_video(job)
+            pipeline = job_module.for_init_video(pipeline)
+        for variant in variants:  # every method is tried on the model before the first long run
+            job_module.apply_variant(pipeline, variant, job)
+
+        results: list[Result] = []
+        total = job_module.num_steps(job)
+        with _progress() as progress:
+            for variant in variants:
+                bar = partial(_show, progress, progress.add_task(variant.label, total=total))
+                results += [job_module.generate(pipeline, variant, job, bar)]
+    job_module.compare(results)
+    written = job_module.write_results(out, job, results, ".gif" if gif else ".mp4")
+    console.print(_results_table(results))
+    for path in written:
+        console.print(f"  {path}", highlight=False)
+
+
+def _results_table(results: list[Any]) -> Table:
+    table = Table()
+    table.add_column("method")
+    for name in ("s / step", "faster", "attention share", "block sparsity", "PSNR dB", "SSIM"):
+        table.add_column(name, justify="right")
+    for r in results:
+        alike = ("-", "-") if r.psnr_db is None else (f"{r.psnr_db:.1f}", f"{r.ssim:.3f}")
+        table.add_row(
+            r.label,
+            f"{r.step_s:.2f}",
+            f"{results[0].step_s / r.step_s:.2f}x",
+            f"{r.attention_share:.0%}",
+            f"{r.sparsity:.1%}",
+            *alike,
+        )
+    if len(results) > 1:
+        table.caption = f"PSNR and SSIM against {results[0].label}, equal seed"
+    return table
+
+
+def _show(progress: Progress, task: TaskID, done: int) -> None:
+    progress.update(task, completed=done)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+def _quiet_host_libraries() -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    with _one_line_errors(ImportError):
+        import diffusers
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+
+
+@app.command()
+def doctor() -> None:
+    """Say what was compiled, what this machine has, and what would run for typical calls."""
+    from sparline import doctor as doctor_module
+
+    ok = doctor_module.report(console)
+    raise typer.Exit(0 if ok else 1)
+
+
+@app.command()
+def explain(
+    shape: Annotated[
+        str, typer.Option(help="B,H,N,D of q; k has the same unless --keys says otherwise.")
+    ] = "1,4,8192,64",
+    keys: Annotated[int | None, typer.Option(min=1, help="N of k and v.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="Heads of k and v.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    method: Annotated[str, typer.Option(help="Attention method.")] = "sla",
+    option: Annotated[list[str] | None, typer.Option("--set", help="Option, key=value.")] = None,
+) -> None:
+    """Say how one call would run: backend, blocks, workspace, and what was rejected and why."""
+    from sparline import doctor as doctor_module
+    from sparline.generate import InputError
+
+    with _one_line_errors(InputError, ImportError, ValueError, TypeError, RuntimeError):
+        text = doctor_module.explain(shape, keys, kv_heads, dtype, method, option or [])
+    console.print(text, highlight=False, markup=False)
+
+
+@app.command()
+def bench(
+    workload: Annotated[list[str] | None, typer.Option(help="By name; repeatable.")] = None,
+    suite: Annotated[str, typer.Option(help="cpu, or quick for a minute's look.")] = "cpu",
+    repetitions: Annotated[int, typer.Option(min=1, help="Timed runs a row.")] = 20,
+    check: Annotated[bool, typer.Option(help="Compare with the reference first.")] = True,
+    out: Annotated[Path | None, typer.Option(help="JSON lines file to append to.")] = None,
+) -> None:
+    """Time whole operators against torch's attention, in the same run, on the same inputs."""
+    from sparline import bench as bench_module
+
+    with _one_line_errors(bench_module.BenchError, ImportError):
+        bench_module.run(
+            suite=suite,
+            workloads=workload,
+            repetitions=repetitions,
+            check=check,
+            out=out,
+            report=lambda line: console.print(line, highlight=False),
+        )
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()
