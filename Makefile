@@ -98,6 +98,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python bench/report.py --check
 
 format: $(VENV)/.dev
 	$(BIN)/clang-format -i $(CPP_FILES)
