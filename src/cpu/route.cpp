@@ -149,7 +149,8 @@ void Route(const Plan& plan, const RouteArgs& args, std::byte* workspace, const 
   run_tasks(plan, stream, num_kv_pairs, [&](int64_t pair, int64_t) {
     float* const pooled = space.pooled_k + pair * num_key_blocks * ld;
     if (args.rule.smooth_k) smooth(plan.key_blocks, p.head_dim, pooled, ld);
-    transpose(pooled, ld, num_key_blocks, p.head_dim, static_cast<float>(p.softmax_scale),
+    // Unscaled: softmax_scale changes no order, but its rounding would break ties.
+    transpose(pooled, ld, num_key_blocks, p.head_dim, 1.0f,
               space.pooled_k_t + pair * p.head_dim * ld_keys, ld_keys);
   });
 

@@ -56,6 +56,25 @@ HWY_INLINE uint16_t float_to_bf16(float value) {
   return static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : rounded);
 }
 
+/// Rounds to nearest even, past 65504 to infinity; NaN stays NaN.
+HWY_INLINE uint16_t float_to_f16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
+  if (magnitude < 0x38800000u) {  // below 2^-14: the sum with 0.5 rounds at the last subnormal bit
+    float shifted;
+    std::memcpy(&shifted, &magnitude, sizeof(shifted));
+    shifted += 0.5f;
+    std::memcpy(&bits, &shifted, sizeof(bits));
+    return static_cast<uint16_t>(sign | (bits - 0x3f000000u));
+  }
+  const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+  return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
+}
+
 /// Copies `num_rows` rows of one (b, h) of a tensor into a tile, times `factor`.
 HWY_INLINE void load_rows(const TensorView& x, int64_t b, int64_t h, int64_t begin,
                           int64_t num_rows, float factor, float* HWY_RESTRICT tile, int64_t ld) {
@@ -94,9 +113,7 @@ HWY_INLINE void load_rows(const TensorView& x, int64_t b, int64_t h, int64_t beg
 /// Writes tile rows back in the tensor's dtype, rounding to nearest even.
 HWY_INLINE void store_rows(const float* HWY_RESTRICT tile, int64_t ld, const TensorView& x,
                            int64_t b, int64_t h, int64_t begin, int64_t num_rows) {
-  const FloatTag d;
   const int64_t num = x.shape[3];
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   for (int64_t r = 0; r < num_rows; ++r, tile += ld) {
     if (x.dtype == DType::kF32) {
       std::memcpy(x.row<float>(b, h, begin + r), tile, static_cast<size_t>(num) * sizeof(float));
@@ -104,7 +121,14 @@ HWY_INLINE void store_rows(const float* HWY_RESTRICT tile, int64_t ld, const Ten
       uint16_t* HWY_RESTRICT row = x.row<uint16_t>(b, h, begin + r);
       for (int64_t c = 0; c < num; ++c) row[c] = float_to_bf16(tile[c]);
     } else {
+#if HWY_TARGET == HWY_SSE4 || HWY_TARGET == HWY_SCALAR
+      // No instruction for it there, and Highway 1.0's replacement truncates.
+      uint16_t* HWY_RESTRICT row = x.row<uint16_t>(b, h, begin + r);
+      for (int64_t c = 0; c < num; ++c) row[c] = float_to_f16(tile[c]);
+#else
+      const FloatTag d;
       const hn::Rebind<hwy::float16_t, FloatTag> half;
+      const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
       hwy::float16_t* HWY_RESTRICT row = x.row<hwy::float16_t>(b, h, begin + r);
       int64_t c = 0;
       for (; c + lanes <= num; c += lanes)
@@ -114,6 +138,7 @@ HWY_INLINE void store_rows(const float* HWY_RESTRICT tile, int64_t ld, const Ten
         hn::StoreU(hn::DemoteTo(half, hn::LoadU(d, tile + c)), half, tail);
         std::memcpy(row + c, tail, static_cast<size_t>(num - c) * sizeof(tail[0]));
       }
+#endif
     }
   }
 }
