@@ -22,8 +22,9 @@ std::string text(double value) {
   return digits.str();
 }
 std::string text(const Shape& shape) {
-  return "(" + text(shape[0]) + ", " + text(shape[1]) + ", " + text(shape[2]) + ", " +
-         text(shape[3]) + ")";
+  std::ostringstream digits;
+  digits << "(" << shape[0] << ", " << shape[1] << ", " << shape[2] << ", " << shape[3] << ")";
+  return digits.str();
 }
 
 /// The three parts of an error, in the caller's words.

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The definition once more, in float64 and with loops over single rows and keys: no blocks of work,
+// no running sums, no shared code with the library. The linear branch is the weighted mean that it
+// stands for, so h and z never appear.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "sparline/attention.h"
+
+namespace sparline::oracle {
+
+/// A row-major float64 tensor.
+struct Array {
+  std::array<int64_t, 4> shape{};
+  std::vector<double> data;
+
+  Array() = default;
+  explicit Array(std::array<int64_t, 4> dims, double fill = 0.0)
+      : shape(dims), data(static_cast<size_t>(dims[0] * dims[1] * dims[2] * dims[3]), fill) {}
+  double* row(int64_t b, int64_t h, int64_t n) {
+    return data.data() + ((b * shape[1] + h) * shape[2] + n) * shape[3];
+  }
+  const double* row(int64_t b, int64_t h, int64_t n) const {
+    return const_cast<Array*>(this)->row(b, h, n);
+  }
+  bool empty() const { return data.empty(); }
+};
+
+struct WeightArrays {
+  Array proj_weight, proj_bias, feature_weight_q, feature_bias_q, feature_weight_k, feature_bias_k;
+};
+
+struct Inputs {
+  Array q, k, v, d_o;
+  std::vector<int8_t> block_class;  // (B, H, T_m, T_n); empty without a block map
+  WeightArrays weights;
+};
+
+struct Outputs {
+  Array o, lse;
+  Array d_q, d_k, d_v;
+  WeightArrays d_weights;
+};
+
+/// Forward and backward. `problem.softmax_scale` may be 0 for the default.
+Outputs attend(const Problem& problem, const Inputs& inputs);
+
+/// For every (b, h, i, j) the score that ranks key block j for query block i, unscaled.
+std::vector<double> route_scores(const Problem& problem, const Array& q, const Array& k);
+
+/// The classes that follow from scores. Row-major (B, H, T_m, T_n).
+std::vector<int8_t> classify(const Problem& problem, const RouteRule& rule,
+                             const std::vector<double>& scores);
+
+/// What every row of one axis belongs to.
+struct Row {
+  int64_t block;
+  int32_t sequence;
+  bool is_protected;
+};
+std::vector<Row> rows_of(const std::vector<Segment>& segments, int64_t length, int block_rows);
+int64_t num_blocks(const std::vector<Row>& rows);
+
+}  // namespace sparline::oracle

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdlib>
+
+#include "error_text.h"
+#include "sparline/attention.h"
+
+namespace sparline {
+namespace {
+
+Problem small_problem() {
+  return {.num_heads = 4, .num_kv_heads = 2, .num_queries = 100, .num_keys = 130, .head_dim = 64};
+}
+
+/// Sets SPARLINE_BACKEND for one scope.
+class ForcedBackend {
+ public:
+  explicit ForcedBackend(const char* name) { setenv("SPARLINE_BACKEND", name, 1); }
+  ~ForcedBackend() { unsetenv("SPARLINE_BACKEND"); }
+};
+
+class PlanTest : public ::testing::Test {
+ protected:
+  PlanTest() { unsetenv("SPARLINE_BACKEND"); }
+};
+
+TEST_F(PlanTest, FillsInWhatTheProblemLeavesOpen) {
+  const Plan p = plan(small_problem(), {.num_threads = 2});
+  EXPECT_NE(p.backend, nullptr);
+  EXPECT_DOUBLE_EQ(p.problem.softmax_scale, 1.0 / std::sqrt(64.0));
+  ASSERT_EQ(p.problem.key_segments.size(), 1U);
+  EXPECT_EQ(p.problem.key_segments[0].end, 130);
+  EXPECT_EQ(p.query_blocks.size(), 1U);  // 128 rows
+  EXPECT_EQ(p.key_blocks.size(), 3U);    // 64 rows
+  EXPECT_GE(p.heads_per_wave, 1);
+  EXPECT_TRUE(p.rejected.empty());
+}
+
+TEST_F(PlanTest, IsPure) {
+  const Plan a = plan(small_problem(), {.num_threads = 3});
+  const Plan b = plan(small_problem(), {.num_threads = 3});
+  EXPECT_EQ(explain(a), explain(b));
+  EXPECT_EQ(a.forward_workspace_bytes, b.forward_workspace_bytes);
+  EXPECT_EQ(a.backward_workspace_bytes, b.backward_workspace_bytes);
+}
+
+TEST_F(PlanTest, WorkspaceGrowsWithTheSequenceAndNotWithItsSquare) {
+  Problem problem = small_problem();
+  problem.block_q = problem.block_k = 64;
+  problem.combine = Combine::kProjection;
+  problem.has_block_map = true;
+  const auto bytes = [&](int64_t length) {
+    problem.num_queries = problem.num_keys = length;
+    const Plan p = plan(problem, {.num_threads = 2});
+    return static_cast<double>(p.forward_workspace_bytes + p.backward_workspace_bytes);
+  };
+  EXPECT_LT(bytes(65536) / bytes(16384), 4.5);
+}
+
+TEST_F(PlanTest, NoBackendForCudaGivesAPlanThatSaysWhy) {
+  const Plan p = plan(small_problem(), {.device = Device::kCUDA, .cuda_arch = 90});
+  EXPECT_EQ(p.backend, nullptr);
+  EXPECT_EQ(p.rejected.size(), 1U);
+  EXPECT_CONTAINS(p.reason, "no compiled backend runs this problem on CUDA");
+  EXPECT_CONTAINS(explain(p), "backend: none");
+  EXPECT_CONTAINS(error_text(ErrorCode::kUnsupported, [&] { forward(p, {}, {}); }), p.reason);
+}
+
+TEST_F(PlanTest, ABackendCanBeAskedForByName) {
+  EXPECT_NE(plan(small_problem(), {.backend = "cpu"}).backend, nullptr);
+  EXPECT_CONTAINS(explain(plan(small_problem(), {.backend = "cpu"})), "asked for by name");
+  EXPECT_CONTAINS(
+      error_text(ErrorCode::kInvalidArgument, [] { plan(small_problem(), {.backend = "abacus"}); }),
+      "backend must name a compiled backend (cpu), got \"abacus\". Leave it empty");
+}
+
+TEST_F(PlanTest, TheEnvironmentOverridesTheTarget) {
+  {
+    const ForcedBackend forced("abacus");
+    EXPECT_CONTAINS(
+        error_text(ErrorCode::kInvalidArgument, [] { plan(small_problem(), {.backend = "cpu"}); }),
+        "SPARLINE_BACKEND must name a compiled backend (cpu), got \"abacus\". Unset");
+  }
+  {
+    const ForcedBackend forced("cpu");
+    EXPECT_NE(plan(small_problem(), {.backend = "abacus"}).backend, nullptr);
+  }
+  {
+    const ForcedBackend forced("");
+    EXPECT_NE(plan(small_problem(), {}).backend, nullptr);
+  }
+}
+
+TEST_F(PlanTest, ExplainNamesEverythingThatWasDecided) {
+  Problem problem = small_problem();
+  problem.combine = Combine::kProjection;
+  problem.has_block_map = true;
+  const std::string text = explain(plan(problem, {.num_threads = 2}));
+  for (const char* part :
+       {"backend: cpu (", "4 heads over 2 kv heads", "100 queries x 130 keys", "head_dim 64",
+        "float32", "1 x 3 of 128 x 64 rows", "classes from a block map", "projection", "softmax",
+        "marginal", "workspace_bytes: route ", "threads: 2"}) {
+    EXPECT_CONTAINS(text, part);
+  }
+}
+
+TEST_F(PlanTest, CompiledBackendsDescribeTheMachine) {
+  const auto backends = compiled_backends();
+  ASSERT_EQ(backends.size(), 1U);
+  EXPECT_TRUE(backends[0].starts_with("cpu: ")) << backends[0];
+}
+
+TEST(DefaultExecutor, CallsEveryIndexOnce) {
+  for (const int num_threads : {0, 1, 2, 5}) {
+    const Executor executor = default_executor(num_threads);
+    EXPECT_GE(executor.num_threads, 1);
+    EXPECT_TRUE(num_threads == 0 || executor.num_threads == num_threads);
+    std::vector<int> calls(100);
+    executor.parallel_for(
+        executor.num_threads, 100,
+        [](void* context, int64_t idx) { ++(*static_cast<std::vector<int>*>(context))[idx]; },
+        &calls);
+    EXPECT_EQ(calls, std::vector<int>(100, 1));
+  }
+}
+
+TEST(Version, HasThreeParts) { EXPECT_EQ(std::string(version()), "0.1.0"); }
+
+}  // namespace
+}  // namespace sparline

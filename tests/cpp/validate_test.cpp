@@ -1,0 +1,362 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Every rule is broken once, and the message is held to its three parts.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <functional>
+#include <limits>
+
+#include "core/backend.h"
+#include "core/validate.h"
+#include "error_text.h"
+
+namespace sparline {
+namespace {
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+Problem good_problem() {
+  return {.batch = 2,
+          .num_heads = 4,
+          .num_kv_heads = 2,
+          .num_queries = 50,
+          .num_keys = 70,
+          .head_dim = 8,
+          .block_q = 16,
+          .block_k = 16};
+}
+
+// Problems ---------------------------------------------------------------------------------------
+
+struct BadProblem {
+  const char* message;
+  std::function<void(Problem&)> damage;
+};
+
+TEST(ValidateProblem, NamesTheRuleTheValueAndTheWayOut) {
+  const BadProblem cases[] = {
+      {"plan: batch must be at least 1, got 0. ", [](Problem& p) { p.batch = 0; }},
+      {"plan: num_kv_heads must be at least 1, got -1. ", [](Problem& p) { p.num_kv_heads = -1; }},
+      {"plan: num_heads must be a positive multiple of num_kv_heads = 2, got 3. ",
+       [](Problem& p) { p.num_heads = 3; }},
+      {"plan: num_heads must be a positive multiple of num_kv_heads = 2, got 0. ",
+       [](Problem& p) { p.num_heads = 0; }},
+      {"plan: num_queries must be at least 1, got 0. ", [](Problem& p) { p.num_queries = 0; }},
+      {"plan: num_keys must be at least 1, got 0. ", [](Problem& p) { p.num_keys = 0; }},
+      {"plan: head_dim must be even and from 4 to 256, got 2. ",
+       [](Problem& p) { p.head_dim = 2; }},
+      {"plan: head_dim must be even and from 4 to 256, got 7. ",
+       [](Problem& p) { p.head_dim = 7; }},
+      {"plan: head_dim must be even and from 4 to 256, got 258. ",
+       [](Problem& p) { p.head_dim = 258; }},
+      {"plan: dtype must be float32, bfloat16 or float16, got int8. ",
+       [](Problem& p) { p.dtype = DType::kI8; }},
+      {"plan: block_q must be from 16 to 128, got 8. ", [](Problem& p) { p.block_q = 8; }},
+      {"plan: block_k must be from 16 to 128, got 129. ", [](Problem& p) { p.block_k = 129; }},
+      {"plan: softmax_scale must be finite and not negative, got nan. ",
+       [](Problem& p) { p.softmax_scale = kNan; }},
+      {"plan: softmax_scale must be finite and not negative, got inf. ",
+       [](Problem& p) { p.softmax_scale = kInf; }},
+      {"plan: softmax_scale must be finite and not negative, got -0.5. ",
+       [](Problem& p) { p.softmax_scale = -0.5; }},
+      {"plan: epsilon must be finite and not negative, got -1e-05. ",
+       [](Problem& p) { p.epsilon = -1e-5; }},
+      {"plan: epsilon must be finite and not negative, got nan. ",
+       [](Problem& p) { p.epsilon = kNan; }},
+      {"plan: a tensor must have at most 2^40 elements, got ",
+       [](Problem& p) { p.num_queries = int64_t{1} << 40; }},
+      {"plan: a tensor must have at most 2^40 elements, got ",
+       [](Problem& p) { p.batch = std::numeric_limits<int64_t>::max(); }},
+      {"query_segments: a segment must not end before it begins, got segment 0 = [10, 0) of "
+       "sequence 0. ",
+       [](Problem& p) {
+         p.query_segments = {{10, 0, 0, false}};
+       }},
+      {"query_segments: a segment must begin where the one before it ends, here at 0, got segment "
+       "0 = [1, 50) of sequence 0. ",
+       [](Problem& p) {
+         p.query_segments = {{1, 50, 0, false}};
+       }},
+      {"key_segments: a segment must begin where the one before it ends, here at 40, got segment 1 "
+       "= [30, 70) of sequence 1. ",
+       [](Problem& p) {
+         p.key_segments = {{0, 40, 0, false}, {30, 70, 1, false}};
+       }},
+      {"key_segments: sequence numbers must not decrease, got segment 1 = [40, 70) of sequence 0. ",
+       [](Problem& p) {
+         p.key_segments = {{0, 40, 1, false}, {40, 70, 0, false}};
+       }},
+      {"key_segments: the segments must cover all 70 rows, got segment 0 = [0, 60) of sequence 0. ",
+       [](Problem& p) {
+         p.key_segments = {{0, 60, 0, false}};
+       }},
+      {"query_segments: the segments must cover all 50 rows, got segment 0 = [0, 51) of sequence "
+       "0. ",
+       [](Problem& p) {
+         p.query_segments = {{0, 51, 0, false}};
+       }},
+  };
+  for (const BadProblem& bad : cases) {
+    Problem problem = good_problem();
+    bad.damage(problem);
+    const std::string text =
+        error_text(ErrorCode::kInvalidArgument, [&] { plan(problem, {.num_threads = 1}); });
+    EXPECT_CONTAINS(text, bad.message);
+    EXPECT_TRUE(text.ends_with('.')) << text;
+  }
+}
+
+TEST(ValidateProblem, AcceptsEmptySegmentsAndUnusualOnes) {
+  Problem problem = good_problem();
+  problem.query_segments = {{0, 0, -3, true}, {0, 50, 7, false}, {50, 50, 9, false}};
+  problem.key_segments = {{0, 70, 7, true}};
+  EXPECT_NO_THROW(plan(problem, {.num_threads = 1}));
+}
+
+TEST(ValidateTarget, NeedsAThread) {
+  EXPECT_CONTAINS(
+      error_text(ErrorCode::kInvalidArgument, [] { plan(good_problem(), {.num_threads = 0}); }),
+      "plan: num_threads must be at least 1, got 0. ");
+}
+
+// Arguments --------------------------------------------------------------------------------------
+
+/// A legal call of each kind, to be damaged. Memory is real but nothing is computed: validate()
+/// only looks.
+class ValidateArguments : public ::testing::Test {
+ protected:
+  ValidateArguments() : plan_(make_plan()) {
+    forward_ = {.q = queries(0),
+                .k = keys(0),
+                .v = keys(1),
+                .block_class = classes(),
+                .weights = weights(0),
+                .o = queries(1),
+                .lse = lse()};
+    backward_ = {.d_o = queries(2),
+                 .q = queries(0),
+                 .k = keys(0),
+                 .v = keys(1),
+                 .o = queries(1),
+                 .lse = lse(),
+                 .block_class = classes(),
+                 .weights = weights(0),
+                 .d_q = queries(3),
+                 .d_k = keys(2),
+                 .d_v = keys(3),
+                 .d_weights = weights(1)};
+    route_ = {.q = queries(0), .k = keys(0), .rule = {}, .block_class = classes()};
+  }
+
+  static Plan make_plan() {
+    Problem problem = good_problem();
+    problem.combine = Combine::kProjection;
+    problem.feature_map = FeatureMap::kHedgehog;
+    problem.has_block_map = true;
+    Plan plan = sparline::plan(problem, {.num_threads = 1});
+    // Sizes of its own, so that the messages do not depend on the backend.
+    plan.route_workspace_bytes = 64;
+    plan.forward_workspace_bytes = 1024;
+    plan.backward_workspace_bytes = 2048;
+    return plan;
+  }
+
+  void* memory(int slot) { return memory_.data() + slot * kSlotBytes; }
+  TensorView queries(int n) { return contiguous_view(memory(n), DType::kF32, {2, 4, 50, 8}); }
+  TensorView keys(int n) { return contiguous_view(memory(4 + n), DType::kF32, {2, 2, 70, 8}); }
+  TensorView lse() { return contiguous_view(memory(8), DType::kF32, {1, 2, 4, 50}); }
+  TensorView classes() { return contiguous_view(memory(9), DType::kI8, {2, 4, 4, 5}); }
+  Weights weights(int n) {
+    const int slot = 10 + 6 * n;
+    return {.proj_weight = contiguous_view(memory(slot), DType::kF32, {1, 1, 8, 8}),
+            .proj_bias = contiguous_view(memory(slot + 1), DType::kF32, {1, 1, 1, 8}),
+            .feature_weight_q = contiguous_view(memory(slot + 2), DType::kF32, {1, 4, 8, 8}),
+            .feature_bias_q = contiguous_view(memory(slot + 3), DType::kF32, {1, 1, 4, 8}),
+            .feature_weight_k = contiguous_view(memory(slot + 4), DType::kF32, {1, 2, 8, 8}),
+            .feature_bias_k = contiguous_view(memory(slot + 5), DType::kF32, {1, 1, 2, 8})};
+  }
+  std::span<std::byte> workspace() {
+    return {reinterpret_cast<std::byte*>(memory(22)), kSlotBytes};
+  }
+
+  std::string forward_error() {
+    return error_text(ErrorCode::kInvalidArgument, [&] { validate(plan_, forward_, workspace()); });
+  }
+  std::string backward_error() {
+    return error_text(ErrorCode::kInvalidArgument,
+                      [&] { validate(plan_, backward_, workspace()); });
+  }
+
+  static constexpr size_t kSlotBytes = 16384;
+  struct alignas(64) Line {
+    std::byte bytes[64];
+  };
+  struct Memory {
+    std::vector<Line> lines{23 * kSlotBytes / 64};
+    std::byte* data() { return lines[0].bytes; }
+  } memory_;
+  Plan plan_;
+  ForwardArgs forward_;
+  BackwardArgs backward_;
+  RouteArgs route_;
+};
+
+TEST_F(ValidateArguments, AcceptsLegalCalls) {
+  EXPECT_NO_THROW(validate(plan_, route_, workspace()));
+  EXPECT_NO_THROW(validate(plan_, forward_, workspace()));
+  EXPECT_NO_THROW(validate(plan_, backward_, workspace()));
+}
+
+TEST_F(ValidateArguments, NullPointers) {
+  forward_.v = {};
+  EXPECT_CONTAINS(forward_error(), "forward: v must be present, got a null pointer. ");
+}
+
+TEST_F(ValidateArguments, Dtypes) {
+  forward_.k.dtype = DType::kBF16;
+  EXPECT_CONTAINS(forward_error(), "forward: k must have dtype float32, got bfloat16. ");
+  forward_.k.dtype = DType::kF32;
+  forward_.lse.dtype = DType::kF16;
+  EXPECT_CONTAINS(forward_error(), "forward: lse must have dtype float32, got float16. ");
+}
+
+TEST_F(ValidateArguments, Shapes) {
+  forward_.o.shape[2] = 49;
+  EXPECT_CONTAINS(forward_error(), "forward: o must have shape (2, 4, 50, 8), got (2, 4, 49, 8). ");
+  backward_.block_class.shape[3] = 4;
+  EXPECT_CONTAINS(backward_error(),
+                  "backward: block_class must have shape (2, 4, 4, 5), got (2, 4, 4, 4). ");
+}
+
+TEST_F(ValidateArguments, Alignment) {
+  forward_.q.data = static_cast<char*>(forward_.q.data) + 2;
+  EXPECT_CONTAINS(forward_error(), "forward: q must be aligned to its element size");
+}
+
+TEST_F(ValidateArguments, Strides) {
+  forward_.q.stride[2] = -8;
+  EXPECT_CONTAINS(forward_error(), "forward: q must have no negative stride");
+  forward_.q.stride = {1600, 400, 1, 50};
+  EXPECT_CONTAINS(forward_error(),
+                  "forward: q must have unit stride in its last dimension, got (1600, 400, 1, 50)");
+  forward_.q.stride = {int64_t{1} << 60, 400, 8, 1};
+  EXPECT_CONTAINS(forward_error(), "forward: q must span at most 2^56 elements");
+  forward_.q.stride = {0, 0, 0, 1};  // an input may be broadcast
+  EXPECT_NO_THROW(validate(plan_, forward_, workspace()));
+  forward_.block_class.stride = {0, 0, 5, 1};
+  EXPECT_NO_THROW(validate(plan_, forward_, workspace()));
+}
+
+TEST_F(ValidateArguments, OutputsHaveNoOverlapInThemselves) {
+  forward_.o.stride = {1600, 0, 8, 1};
+  EXPECT_CONTAINS(forward_error(), "forward: o is written, so its elements must not overlap");
+  forward_.o.stride = {1600, 8, 32, 1};  // (batch, length, heads, head_dim)
+  EXPECT_NO_THROW(validate(plan_, forward_, workspace()));
+}
+
+TEST_F(ValidateArguments, OutputsShareNoMemoryWithAnythingElse) {
+  forward_.o = forward_.q;
+  EXPECT_CONTAINS(forward_error(), "forward: o is written, so it must not overlap q, got shared");
+  backward_.d_v = backward_.d_k;
+  EXPECT_CONTAINS(backward_error(), "backward: d_k is written, so it must not overlap d_v");
+}
+
+TEST_F(ValidateArguments, SlicesOfOneFusedTensorDoNotOverlap) {
+  // (batch, length, three, heads, head_dim), as one projection makes it.
+  Problem problem = good_problem();
+  problem.num_kv_heads = 4;
+  problem.num_keys = 50;
+  plan_ = sparline::plan(problem, {.num_threads = 1});
+  plan_.backward_workspace_bytes = 0;
+  const auto slice = [&](int slot, int64_t part) {
+    return TensorView{.data = static_cast<float*>(memory(slot)) + part * 32,
+                      .dtype = DType::kF32,
+                      .shape = {2, 4, 50, 8},
+                      .stride = {50 * 96, 8, 96, 1}};
+  };
+  BackwardArgs args{.d_o = queries(3),
+                    .q = slice(10, 0),
+                    .k = slice(10, 1),
+                    .v = slice(10, 2),
+                    .o = queries(1),
+                    .lse = lse(),
+                    .d_q = slice(14, 0),
+                    .d_k = slice(14, 1),
+                    .d_v = slice(14, 2)};
+  EXPECT_NO_THROW(validate(plan_, args, workspace()));
+  args.d_v = slice(14, 1);
+  EXPECT_CONTAINS(
+      error_text(ErrorCode::kInvalidArgument, [&] { validate(plan_, args, workspace()); }),
+      "d_k is written, so it must not overlap d_v");
+}
+
+TEST_F(ValidateArguments, TheWorkspaceIsLargeEnoughAlignedAndApart) {
+  const auto error = [&](std::span<std::byte> scratch) {
+    return error_text(ErrorCode::kInvalidArgument, [&] { validate(plan_, forward_, scratch); });
+  };
+  EXPECT_CONTAINS(error({}), "forward: workspace must be present, got a null pointer. ");
+  EXPECT_CONTAINS(error(workspace().first(1023)),
+                  "forward: workspace must hold the plan's 1024 bytes, got 1023. ");
+  EXPECT_CONTAINS(error(workspace().subspan(32)),
+                  "forward: workspace must be aligned to 64 bytes, got an address 32 past");
+  EXPECT_CONTAINS(error({static_cast<std::byte*>(forward_.v.data), 4096}),
+                  "forward: v must not overlap the workspace");
+}
+
+TEST_F(ValidateArguments, BlockClassIsThereExactlyWhenTheProblemHasAMap) {
+  forward_.block_class = {};
+  EXPECT_CONTAINS(forward_error(), "forward: block_class must be present");
+  plan_.problem.has_block_map = false;
+  EXPECT_NO_THROW(validate(plan_, forward_, workspace()));
+  EXPECT_CONTAINS(backward_error(),
+                  "backward: block_class must be absent when the problem has no block map");
+}
+
+TEST_F(ValidateArguments, WeightsAreThereExactlyWhenTheyAreUsed) {
+  forward_.weights.proj_bias = {};  // the one optional weight
+  EXPECT_NO_THROW(validate(plan_, forward_, workspace()));
+  forward_.weights.feature_bias_k = {};
+  EXPECT_CONTAINS(forward_error(), "forward: feature_bias_k must be present");
+  plan_.problem.feature_map = FeatureMap::kElu1;
+  EXPECT_CONTAINS(forward_error(),
+                  "forward: feature_weight_q must be absent unless a linear branch has a hedgehog");
+  plan_.problem.combine = Combine::kSum;
+  EXPECT_CONTAINS(forward_error(),
+                  "forward: proj_weight must be absent unless combine is projection");
+}
+
+TEST_F(ValidateArguments, WeightsArePackedFloat32) {
+  forward_.weights.proj_weight.stride[2] = 9;
+  EXPECT_CONTAINS(forward_error(), "forward: proj_weight must be row-major without gaps");
+  forward_.weights = weights(0);
+  forward_.weights.proj_bias.dtype = DType::kBF16;
+  EXPECT_CONTAINS(forward_error(), "forward: proj_bias must have dtype float32, got bfloat16");
+}
+
+TEST_F(ValidateArguments, WeightGradientsFollowTheWeights) {
+  backward_.d_weights.proj_bias = {};
+  EXPECT_CONTAINS(backward_error(), "backward: d_proj_bias must be present");
+  backward_.weights.proj_bias = {};
+  EXPECT_NO_THROW(validate(plan_, backward_, workspace()));
+  backward_.d_weights = weights(1);
+  EXPECT_CONTAINS(backward_error(),
+                  "backward: d_proj_bias must be absent where the forward had no proj_bias");
+}
+
+TEST_F(ValidateArguments, RatiosAreFractions) {
+  const auto error = [&] {
+    return error_text(ErrorCode::kInvalidArgument, [&] { validate(plan_, route_, workspace()); });
+  };
+  route_.rule.critical_ratio = 5.0;
+  EXPECT_CONTAINS(error(), "route: critical_ratio must be from 0 to 1, got 5. 5 % is 0.05.");
+  route_.rule.critical_ratio = kNan;
+  EXPECT_CONTAINS(error(), "route: critical_ratio must be from 0 to 1, got nan");
+  route_.rule.critical_ratio = 0.05;
+  route_.rule.negligible_ratio = -0.1;
+  EXPECT_CONTAINS(error(), "route: negligible_ratio must be from 0 to 1, got -0.1");
+}
+
+}  // namespace
+}  // namespace sparline
