@@ -112,8 +112,10 @@ def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 def _attend_gradients(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, o, lse, block_class, *weights = ctx.saved_tensors
+    # PyTorch takes an empty list of integers for an empty list of tensors, whose gradient is [].
+    no_segments = [None if s else [] for s in (ctx.query_segments, ctx.key_segments)]
     if d_o is None:
-        return None, None, None, None, [None] * len(weights), None, None, None
+        return None, None, None, None, [None] * len(weights), *no_segments, None
     if (
         d_o.stride(-1) != 1
     ):  # an expanded gradient, as sum() makes; the kernels need unit last stride
@@ -131,7 +133,7 @@ def _attend_gradients(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tup
         ctx.key_segments,
         ctx.spec,
     )
-    return d_q, d_k, d_v, None, d_weights, None, None, None
+    return d_q, d_k, d_v, None, d_weights, *no_segments, None
 
 
 def _no_double_backward(ctx: Any, *gradients: Any) -> None:

@@ -145,7 +145,7 @@ def attention(
             k,
             v,
             block_map,
-            _pack_weights(method, weights, q),
+            _pack_weights(method, weights, q, k),
             _flatten(query_segments),
             _flatten(key_segments),
             _spec(options, backend),
@@ -482,10 +482,16 @@ def _spec(options: dict[str, Any], backend: str | None) -> str:
     return " ".join(items if backend is None else [*items, f"backend={backend}"])
 
 
-def _pack_weights(method: Method, weights: SLAWeights, q: Tensor) -> list[Tensor]:
+def _pack_weights(method: Method, weights: SLAWeights, q: Tensor, k: Tensor) -> list[Tensor]:
     """The operators' form: [], or all six in order, float32 and contiguous, absent ones empty."""
     if all(weight is None for weight in weights):
         return []
+    if isinstance(method, SLA) and method.has_feature_weights:  # y = x W^T + b, with b = 0
+        shape_q, shape_k = (q.shape[1], q.shape[3]), (k.shape[1], k.shape[3])
+        if weights.feature_bias_q is None:
+            weights = weights._replace(feature_bias_q=q.new_zeros(shape_q, dtype=torch.float32))
+        if weights.feature_bias_k is None:
+            weights = weights._replace(feature_bias_k=k.new_zeros(shape_k, dtype=torch.float32))
     absent = torch.empty(0, dtype=torch.float32, device=q.device)
     return [absent if weight is None else weight.float().contiguous() for weight in weights]
 

@@ -228,7 +228,7 @@ def attend(
     o_rows, lse_rows = [], []
     for i, block in enumerate(q_blocks):
         rows = slice(block.begin, block.end)
-        # Sparse branch: softmax over the keys of the critical blocks. A row without any gives 0, -inf.
+        # Sparse branch: softmax over the critical blocks. A row without any gives 0 and -inf.
         critical = (block_class[:, :, i] == CRITICAL).repeat_interleave(key_rows, dim=-1)
         s = scale * q[:, :, rows] @ k.mT  # (B,H,rows,N_k)
         s = s.masked_fill(~critical[:, :, None], -math.inf)

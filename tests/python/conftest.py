@@ -17,11 +17,13 @@ settings.load_profile("sparline")
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
+    num_threads = torch.get_num_threads()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(autouse=True)

@@ -26,13 +26,22 @@ def max_error(actual: Tensor, exact: Tensor) -> float:
 
 
 def assert_relative(
-    what: str, actual: Tensor, exact: Tensor, same_precision: Tensor, dtype: torch.dtype
+    what: str,
+    actual: Tensor,
+    exact: Tensor,
+    same_precision: Tensor,
+    dtype: torch.dtype,
+    magnitude: float = 0.0,
 ) -> None:
-    """Asserts the relative rule; ``dtype`` is the storage dtype whose rounding is the floor."""
+    """Asserts the relative rule.
+
+    ``dtype`` is the storage dtype whose rounding is the floor; ``magnitude`` the size of the terms
+    whose difference the result is, where that may be larger than the result.
+    """
     assert actual.shape == exact.shape, f"{what}: shape {actual.shape}, expected {exact.shape}"
     finite = exact[exact.isfinite()]
     largest = finite.abs().max().item() if finite.numel() else 0.0
-    floor = FLOOR_ULPS * torch.finfo(dtype).eps * largest + torch.finfo(dtype).tiny
+    floor = FLOOR_ULPS * torch.finfo(dtype).eps * max(largest, magnitude)
     plain = max_error(same_precision, exact)
     if not math.isfinite(plain):  # plain PyTorch overflows where we must not
         plain = OVERFLOW_TOLERANCE * largest

@@ -8,6 +8,7 @@ import os
 import random
 
 import pytest
+import torch
 from cases import CASES, check_case, random_case
 
 NUM_RANDOM_CASES = int(os.environ.get("SPARLINE_TEST_CASES", "520"))
@@ -21,6 +22,7 @@ def test_kernels_equal_oracle(name: str) -> None:
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_kernels_equal_oracle_on_random_cases(chunk: int) -> None:
+    torch.set_num_threads(1 + chunk % 2)
     rng = random.Random(f"{os.environ.get('SPARLINE_TEST_SEED', '0')} kernels {chunk}")
     for _ in range(-(-NUM_RANDOM_CASES // CHUNKS)):
         case = random_case(rng)
