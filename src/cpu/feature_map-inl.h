@@ -16,13 +16,6 @@ HWY_BEFORE_NAMESPACE();
 namespace sparline::cpu::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-/// One head's hedgehog map y = x W^T + b, staged as tiles of leading dimension leading_dim(D).
-struct FeatureWeights {
-  const float* weight = nullptr;    // W      (D x D)
-  const float* weight_t = nullptr;  // W^T    (D x D)
-  const float* bias = nullptr;      // b      (pad(D)), null: none
-};
-
 /// Gradients of one head's hedgehog map, accumulated.
 struct FeatureWeightGrads {
   float* weight = nullptr;  // (D x leading_dim(D))

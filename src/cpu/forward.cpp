@@ -20,118 +20,9 @@
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
 
-#include "core/workspace.h"
+#include "cpu/forward_space.h"
 #include "cpu/kernels.h"
-#include "cpu/layout.h"
 #include "cpu/linear-inl.h"
-
-#ifndef SPARLINE_CPU_FORWARD_SPACE_
-#define SPARLINE_CPU_FORWARD_SPACE_
-namespace sparline::cpu {
-
-/// Everything the forward keeps in its workspace.
-struct ForwardSpace {
-  struct Slot {     // one (batch, kv head) in flight
-    float* k;       // (N_k x ld)
-    float* v;       // (N_k x ld)
-    float* states;  // (h_j, z_j) of all key blocks
-    float* masks;   // per query head of the group (T_m x ld_mask): E_i
-    float* sums;    // per query head of the group, per query block: (H_i, Z_i)
-  };
-  struct Worker {
-    float* q;            // (block_q x ld)
-    float* q_t;          // (D x ld_rows), scaled by softmax_scale log2(e)
-    float* p_t;          // (block_k x ld_rows)
-    float* o;            // (block_q x ld)
-    float* o_l;          // (block_q x ld)
-    float* y;            // (max block x ld), hedgehog preactivations
-    float* phi;          // (max block x ld_phi)
-    float* inverse_den;  // (block_q)
-    float* row_max;      // (ld_rows), log2 units
-    float* row_sum;      // (ld_rows)
-    float* row_scale;    // (ld_rows)
-  };
-  float* weights;  // staged learned tensors: proj^T, then per head W, W^T, b
-  std::byte* slots;
-  std::byte* workers;
-  int64_t slot_bytes;
-  int64_t worker_bytes;
-  int64_t total_bytes;
-
-  const Plan& plan;
-  int64_t num_features, ld, ld_rows, ld_phi, ld_mask;
-  int64_t num_query_blocks, num_key_blocks, group, num_weight_heads;
-
-  ForwardSpace(const Plan& plan_in, std::byte* base) : plan(plan_in) {
-    const Problem& p = plan.problem;
-    num_features = feature_dim(p);
-    ld = leading_dim(p.head_dim);
-    ld_rows = leading_dim(p.block_q);
-    ld_phi = leading_dim(num_features);
-    num_query_blocks = static_cast<int64_t>(plan.query_blocks.size());
-    num_key_blocks = static_cast<int64_t>(plan.key_blocks.size());
-    ld_mask = leading_dim(num_key_blocks);
-    group = p.num_heads / p.num_kv_heads;
-    num_weight_heads = has_feature_weights(p) ? p.num_heads + p.num_kv_heads : 0;
-    Arena arena(base);
-    weights = arena.take<float>(p.head_dim * ld + num_weight_heads * weight_floats());
-    Arena slot_arena(nullptr), worker_arena(nullptr);
-    carve_slot(slot_arena);
-    carve_worker(worker_arena);
-    slot_bytes = slot_arena.used_bytes();
-    worker_bytes = worker_arena.used_bytes();
-    slots = arena.take<std::byte>(plan.heads_per_wave * slot_bytes);
-    workers = arena.take<std::byte>(plan.target.num_threads * worker_bytes);
-    total_bytes = arena.used_bytes();
-  }
-
-  int64_t weight_floats() const {
-    return 2 * plan.problem.head_dim * ld + pad(plan.problem.head_dim);
-  }
-  float* head_weights(int64_t head) const {
-    return weights + plan.problem.head_dim * ld + head * weight_floats();
-  }
-
-  Slot slot(int64_t n) const {
-    Arena arena(slots + n * slot_bytes);
-    return carve_slot(arena);
-  }
-  Worker worker(int64_t n) const {
-    Arena arena(workers + n * worker_bytes);
-    return carve_worker(arena);
-  }
-
- private:
-  Slot carve_slot(Arena& arena) const {
-    const Problem& p = plan.problem;
-    const int64_t linear = has_linear_branch(p) ? 1 : 0;
-    return {arena.take<float>(p.num_keys * ld), arena.take<float>(p.num_keys * ld),
-            arena.take<float>(linear * states_floats(num_key_blocks, num_features, p.head_dim)),
-            arena.take<float>(linear * group * num_query_blocks * ld_mask),
-            arena.take<float>(linear * group * num_query_blocks *
-                              sum_floats(num_features, p.head_dim))};
-  }
-  Worker carve_worker(Arena& arena) const {
-    const Problem& p = plan.problem;
-    const int64_t max_rows = std::max(p.block_q, p.block_k);
-    const int64_t linear = has_linear_branch(p) ? 1 : 0;
-    const int64_t hedgehog = has_feature_weights(p) ? 1 : 0;
-    return {arena.take<float>(p.block_q * ld),
-            arena.take<float>(p.head_dim * ld_rows),
-            arena.take<float>(p.block_k * ld_rows),
-            arena.take<float>(p.block_q * ld),
-            arena.take<float>(linear * p.block_q * ld),
-            arena.take<float>(hedgehog * max_rows * ld),
-            arena.take<float>(linear * max_rows * ld_phi),
-            arena.take<float>(linear * p.block_q),
-            arena.take<float>(ld_rows),
-            arena.take<float>(ld_rows),
-            arena.take<float>(ld_rows)};
-  }
-};
-
-}  // namespace sparline::cpu
-#endif  // SPARLINE_CPU_FORWARD_SPACE_
 
 HWY_BEFORE_NAMESPACE();
 namespace sparline::cpu::HWY_NAMESPACE {
@@ -199,25 +90,17 @@ void sparse_branch(const ForwardSpace& space, const ForwardSpace::Slot& slot,
   }
 }
 
-FeatureWeights head_feature_weights(const ForwardSpace& space, int64_t head, bool has_bias) {
-  if (!has_feature_weights(space.plan.problem)) return {};
-  const int64_t matrix = space.plan.problem.head_dim * space.ld;
-  const float* tile = space.head_weights(head);
-  return {tile, tile + matrix, has_bias ? tile + 2 * matrix : nullptr};
-}
-
 /// Adds the linear branch to w.o (or replaces it); `sum` is (H_i, Z_i).
 void linear_branch(const ForwardSpace& space, const ForwardSpace::Worker& w,
                    const ForwardArgs& args, int64_t h, int64_t rows, const float* sum) {
   const Problem& problem = space.plan.problem;
   const int64_t head_dim = problem.head_dim, ld = space.ld, features = space.num_features;
-  feature_map(problem.feature_map, head_dim,
-              head_feature_weights(space, h, bool(args.weights.feature_bias_q)), w.q, rows, w.y,
-              w.phi);
+  feature_map(problem.feature_map, head_dim, space.feature_tiles(args.weights).query(h), w.q, rows,
+              w.y, w.phi);
   float* o_l = problem.combine == Combine::kLinear ? w.o : w.o_l;
   linear_output(problem, features, w.phi, sum, rows, o_l, w.inverse_den);
   if (problem.combine == Combine::kProjection) {
-    gemm<Into::kAdd>(rows, pad(head_dim), head_dim, rows_of(o_l, ld), space.weights, ld, w.o, ld);
+    gemm<Into::kAdd>(rows, pad(head_dim), head_dim, rows_of(o_l, ld), space.proj_t, ld, w.o, ld);
     if (args.weights.proj_bias) {
       const float* bias = static_cast<const float*>(args.weights.proj_bias.data);
       for (int64_t r = 0; r < rows; ++r) {
@@ -226,25 +109,6 @@ void linear_branch(const ForwardSpace& space, const ForwardSpace::Worker& w,
     }
   } else if (problem.combine == Combine::kSum) {
     for (int64_t r = 0; r < rows; ++r) add_scaled(head_dim, 1.0f, o_l + r * ld, w.o + r * ld);
-  }
-}
-
-void stage_weights(const ForwardSpace& space, const Weights& weights) {
-  const Problem& p = space.plan.problem;
-  if (p.combine == Combine::kProjection) {
-    const TensorView& proj = weights.proj_weight;
-    transpose(proj.row<const float>(0, 0, 0), proj.stride[2], p.head_dim, p.head_dim, 1.0f,
-              space.weights, space.ld);
-  }
-  if (!has_feature_weights(p)) return;
-  const int64_t matrix = p.head_dim * space.ld;
-  for (int64_t head = 0; head < p.num_heads + p.num_kv_heads; ++head) {
-    const bool is_query = head < p.num_heads;
-    float* tile = space.head_weights(head);
-    stage_feature_weights(is_query ? weights.feature_weight_q : weights.feature_weight_k,
-                          is_query ? weights.feature_bias_q : weights.feature_bias_k,
-                          is_query ? head : head - p.num_heads, tile, tile + matrix,
-                          tile + 2 * matrix);
   }
 }
 
@@ -258,9 +122,13 @@ void Forward(const Plan& plan, const ForwardArgs& args, std::byte* workspace,
   const int64_t head_dim = problem.head_dim, ld = space.ld, features = space.num_features;
   const int64_t num_query_blocks = space.num_query_blocks, num_key_blocks = space.num_key_blocks;
   const int64_t group = space.group, mask_floats = num_query_blocks * space.ld_mask;
-  const int64_t ld_sum = sum_floats(features, head_dim);
-  const bool is_linear = has_linear_branch(problem);
-  stage_weights(space, args.weights);
+  const FeatureWeightTiles feature_tiles = space.feature_tiles(args.weights);
+  stage_feature_weights(args.weights, feature_tiles);
+  if (space.has_projection) {
+    const TensorView& proj = args.weights.proj_weight;
+    transpose(proj.row<const float>(0, 0, 0), proj.stride[2], head_dim, head_dim, 1.0f,
+              space.proj_t, ld);
+  }
 
   const int64_t num_pairs = problem.batch * problem.num_kv_heads;
   for (int64_t first = 0; first < num_pairs; first += plan.heads_per_wave) {
@@ -276,17 +144,15 @@ void Forward(const Plan& plan, const ForwardArgs& args, std::byte* workspace,
       float* const v = slot.v + block.begin * ld;
       load_rows(args.k, batch_of(n), kv_head_of(n), block.begin, block.rows, 1.0f, k, ld);
       load_rows(args.v, batch_of(n), kv_head_of(n), block.begin, block.rows, 1.0f, v, ld);
-      if (!is_linear) return;
+      if (!space.is_linear) return;
       const ForwardSpace::Worker w = space.worker(worker);
-      feature_map(problem.feature_map, head_dim,
-                  head_feature_weights(space, problem.num_heads + kv_head_of(n),
-                                       bool(args.weights.feature_bias_k)),
-                  k, block.rows, w.y, w.phi);
+      feature_map(problem.feature_map, head_dim, feature_tiles.key(kv_head_of(n)), k, block.rows,
+                  w.y, w.phi);
       block_state(features, head_dim, w.phi, v, nullptr, block.rows,
                   state_of(slot.states, j, num_key_blocks, features, head_dim));
     });
 
-    if (is_linear) {
+    if (space.is_linear) {
       run_tasks(plan, stream, wave * group, [&](int64_t task, int64_t) {
         const int64_t n = task / group, g = task % group;
         fill_linear_mask(plan, classes, batch_of(n), kv_head_of(n) * group + g,
@@ -299,7 +165,7 @@ void Forward(const Plan& plan, const ForwardArgs& args, std::byte* workspace,
                                      num_query_blocks, num_key_blocks, slot.states, features,
                                      head_dim,
                                      share(features + 1, task % kFeatureSlices, kFeatureSlices),
-                                     slot.sums + g * num_query_blocks * ld_sum);
+                                     slot.sums + g * num_query_blocks * space.ld_sum);
       });
     }
 
@@ -318,9 +184,9 @@ void Forward(const Plan& plan, const ForwardArgs& args, std::byte* workspace,
         const BlockRange keys = blocks_of_sequence(plan.key_blocks, block.sequence);
         sparse_branch(space, slot, w, classes, b, h, i, keys, lse);
       }
-      if (is_linear && !block.is_protected) {
+      if (space.is_linear && !block.is_protected) {
         linear_branch(space, w, args, h, block.rows,
-                      slot.sums + (g * num_query_blocks + i) * ld_sum);
+                      slot.sums + (g * num_query_blocks + i) * space.ld_sum);
       }
       store_rows(w.o, ld, args.o, b, h, block.begin, block.rows);
     });

@@ -73,6 +73,65 @@ constexpr int64_t sum_floats(int64_t num_features, int64_t head_dim) {
 /// Parts into which the features of a head are cut to sum states in parallel.
 constexpr int64_t kFeatureSlices = 16;
 
+/// The sizes that the kernels derive from a plan. `ld`, `ld_rows`, `ld_phi`, `ld_mask`: leading
+/// dimensions of tiles whose rows hold D values, block_q queries, F features, T_n key blocks.
+struct Dims {
+  explicit Dims(const Plan& plan)
+      : head_dim(plan.problem.head_dim),
+        num_features(feature_dim(plan.problem)),
+        num_query_blocks(static_cast<int64_t>(plan.query_blocks.size())),
+        num_key_blocks(static_cast<int64_t>(plan.key_blocks.size())),
+        num_heads(plan.problem.num_heads),
+        num_kv_heads(plan.problem.num_kv_heads),
+        group(num_heads / num_kv_heads),
+        max_rows(std::max(plan.problem.block_q, plan.problem.block_k)),
+        ld(leading_dim(head_dim)),
+        ld_rows(leading_dim(plan.problem.block_q)),
+        ld_phi(leading_dim(num_features)),
+        ld_mask(leading_dim(num_key_blocks)),
+        ld_sum(sum_floats(num_features, head_dim)),
+        is_linear(has_linear_branch(plan.problem)),
+        has_projection(plan.problem.combine == Combine::kProjection),
+        is_hedgehog(has_feature_weights(plan.problem)) {}
+
+  int64_t head_dim, num_features, num_query_blocks, num_key_blocks;
+  int64_t num_heads, num_kv_heads, group, max_rows;
+  int64_t ld, ld_rows, ld_phi, ld_mask, ld_sum;
+  bool is_linear, has_projection, is_hedgehog;
+};
+
+/// One head's hedgehog map y = x W^T + b as tiles.
+struct FeatureWeights {
+  const float* weight = nullptr;    // W (D x ld)
+  const float* weight_t = nullptr;  // W^T (D x ld)
+  const float* bias = nullptr;      // b (pad(D)); null: none
+};
+
+/// The hedgehog maps of all heads: query heads first, then key heads.
+struct FeatureWeightTiles {
+  static int64_t num_floats(const Dims& dims) {
+    return dims.is_hedgehog ? (dims.num_heads + dims.num_kv_heads) * head_floats(dims) : 0;
+  }
+  static int64_t head_floats(const Dims& dims) {
+    return 2 * dims.head_dim * dims.ld + pad(dims.head_dim);
+  }
+
+  FeatureWeights query(int64_t h) const { return of(h, has_query_bias); }
+  FeatureWeights key(int64_t h_kv) const { return of(dims.num_heads + h_kv, has_key_bias); }
+
+  const Dims& dims;
+  float* data;
+  bool has_query_bias, has_key_bias;
+
+ private:
+  FeatureWeights of(int64_t head, bool has_bias) const {
+    if (!dims.is_hedgehog) return {};
+    const int64_t matrix = dims.head_dim * dims.ld;
+    const float* tile = data + head * head_floats(dims);
+    return {tile, tile + matrix, has_bias ? tile + 2 * matrix : nullptr};
+  }
+};
+
 /// Runs body(task, worker) for every task; worker numbers index scratch memory and stay below the
 /// plan's num_threads.
 template <class Body>

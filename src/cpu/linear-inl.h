@@ -16,15 +16,20 @@ HWY_BEFORE_NAMESPACE();
 namespace sparline::cpu::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-/// Copies one head's (D x D) matrix into a tile and its transpose into another, and its bias into a
-/// padded row.
-HWY_INLINE FeatureWeights stage_feature_weights(const TensorView& weight, const TensorView& bias,
-                                                int64_t h, float* tile, float* tile_t, float* row) {
-  const int64_t num = weight.shape[3], ld = leading_dim(num);
-  load_rows(weight, 0, h, 0, num, 1.0f, tile, ld);
-  transpose(tile, ld, num, num, 1.0f, tile_t, ld);
-  if (bias) load_rows(bias, 0, 0, h, 1, 1.0f, row, pad(num));
-  return {tile, tile_t, bias ? row : nullptr};
+/// Fills the tiles of the hedgehog maps, if the problem has them.
+inline void stage_feature_weights(const Weights& weights, const FeatureWeightTiles& tiles) {
+  const Dims& dims = tiles.dims;
+  const int64_t num = dims.head_dim, matrix = num * dims.ld;
+  for (int64_t head = 0; dims.is_hedgehog && head < dims.num_heads + dims.num_kv_heads; ++head) {
+    const bool is_query = head < dims.num_heads;
+    const int64_t h = is_query ? head : head - dims.num_heads;
+    const TensorView& weight = is_query ? weights.feature_weight_q : weights.feature_weight_k;
+    const TensorView& bias = is_query ? weights.feature_bias_q : weights.feature_bias_k;
+    float* const tile = tiles.data + head * FeatureWeightTiles::head_floats(dims);
+    load_rows(weight, 0, h, 0, num, 1.0f, tile, dims.ld);
+    transpose(tile, dims.ld, num, num, 1.0f, tile + matrix, dims.ld);
+    if (bias) load_rows(bias, 0, 0, h, 1, 1.0f, tile + 2 * matrix, pad(num));
+  }
 }
 
 /// Where block n's state lies among those of `num_blocks` blocks.

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "core/workspace.h"
+#include "cpu/layout.h"
+
+namespace sparline::cpu {
+
+/// Everything the forward keeps in its workspace.
+struct ForwardSpace : Dims {
+  struct Slot {     // one (batch, kv head) in flight
+    float* k;       // (N_k x ld)
+    float* v;       // (N_k x ld)
+    float* states;  // (h_j, z_j) of all key blocks
+    float* masks;   // per query head of the group (T_m x ld_mask): E_i
+    float* sums;    // per query head of the group, per query block: (H_i, Z_i)
+  };
+  struct Worker {
+    float* q;            // (block_q x ld)
+    float* q_t;          // (D x ld_rows), scaled by softmax_scale log2(e)
+    float* p_t;          // (block_k x ld_rows)
+    float* o;            // (block_q x ld)
+    float* o_l;          // (block_q x ld)
+    float* y;            // (max_rows x ld), hedgehog preactivations
+    float* phi;          // (max_rows x ld_phi)
+    float* inverse_den;  // (block_q)
+    float* row_max;      // (ld_rows), log2 units
+    float* row_sum;      // (ld_rows)
+    float* row_scale;    // (ld_rows)
+  };
+
+  const Plan& plan;
+  float* proj_t;    // W^T (D x ld)
+  float* features;  // FeatureWeightTiles
+  std::byte* slots;
+  std::byte* workers;
+  int64_t slot_bytes, worker_bytes, total_bytes;
+
+  ForwardSpace(const Plan& plan_in, std::byte* base) : Dims(plan_in), plan(plan_in) {
+    Arena arena(base), slot_arena, worker_arena;
+    carve_slot(slot_arena);
+    carve_worker(worker_arena);
+    slot_bytes = slot_arena.used_bytes();
+    worker_bytes = worker_arena.used_bytes();
+    proj_t = arena.take<float>(has_projection ? head_dim * ld : 0);
+    features = arena.take<float>(FeatureWeightTiles::num_floats(*this));
+    slots = arena.take<std::byte>(plan.heads_per_wave * slot_bytes);
+    workers = arena.take<std::byte>(plan.target.num_threads * worker_bytes);
+    total_bytes = arena.used_bytes();
+  }
+
+  FeatureWeightTiles feature_tiles(const Weights& weights) const {
+    return {*this, features, bool(weights.feature_bias_q), bool(weights.feature_bias_k)};
+  }
+  Slot slot(int64_t n) const {
+    Arena arena(slots + n * slot_bytes);
+    return carve_slot(arena);
+  }
+  Worker worker(int64_t n) const {
+    Arena arena(workers + n * worker_bytes);
+    return carve_worker(arena);
+  }
+
+ private:
+  Slot carve_slot(Arena& arena) const {
+    const int64_t num_keys = plan.problem.num_keys, linear = is_linear ? 1 : 0;
+    return {
+        .k = arena.take<float>(num_keys * ld),
+        .v = arena.take<float>(num_keys * ld),
+        .states = arena.take<float>(linear * states_floats(num_key_blocks, num_features, head_dim)),
+        .masks = arena.take<float>(linear * group * num_query_blocks * ld_mask),
+        .sums = arena.take<float>(linear * group * num_query_blocks * ld_sum)};
+  }
+  Worker carve_worker(Arena& arena) const {
+    const int64_t block_q = plan.problem.block_q, linear = is_linear ? 1 : 0;
+    return {.q = arena.take<float>(block_q * ld),
+            .q_t = arena.take<float>(head_dim * ld_rows),
+            .p_t = arena.take<float>(plan.problem.block_k * ld_rows),
+            .o = arena.take<float>(block_q * ld),
+            .o_l = arena.take<float>(linear * block_q * ld),
+            .y = arena.take<float>(is_hedgehog ? max_rows * ld : 0),
+            .phi = arena.take<float>(linear * max_rows * ld_phi),
+            .inverse_den = arena.take<float>(linear * block_q),
+            .row_max = arena.take<float>(ld_rows),
+            .row_sum = arena.take<float>(ld_rows),
+            .row_scale = arena.take<float>(ld_rows)};
+  }
+};
+
+}  // namespace sparline::cpu
