@@ -202,11 +202,9 @@ class Wave {
       float* const d_weight = slot.d_proj + chunk * space_.grad_floats;
       float* const d_bias = d_weight + head_dim * ld;
       gemm<Into::kAdd>(head_dim, pad(head_dim), rows, columns_of(d_o, ld), w.o_l, ld, d_weight, ld);
-      const float* const bias = static_cast<const float*>(args_.weights.proj_bias.data);
       for (int64_t r = 0; r < rows; ++r) {
         add_scaled(head_dim, 1.0f, d_o + r * ld, d_bias);
-        for (int64_t c = 0; bias != nullptr && c < head_dim; ++c)
-          delta[r] -= d_o[r * ld + c] * bias[c];
+        delta[r] -= dot(head_dim, d_o + r * ld, space_.proj_bias);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -420,6 +418,7 @@ void Backward(const Plan& plan, const BackwardArgs& args, std::byte* workspace,
   stage_feature_weights(args.weights, space.feature_tiles(args.weights));
   if (space.has_projection) {
     load_rows(args.weights.proj_weight, 0, 0, 0, space.head_dim, 1.0f, space.proj, space.ld);
+    stage_bias(args.weights.proj_bias, space.head_dim, space.proj_bias);
   }
   std::fill_n(space.d_weights, space.num_weight_grads * space.grad_floats, 0.0f);
   const int64_t num_pairs = plan.problem.batch * plan.problem.num_kv_heads;

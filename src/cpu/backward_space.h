@@ -54,6 +54,7 @@ struct BackwardSpace : Dims {
   int64_t grad_floats;       // of one learned map's gradient: dW (D x ld), then db (pad(D))
   int64_t num_weight_grads;  // projection, query feature maps, key feature maps
   float* proj;               // W (D x ld)
+  float* proj_bias;          // b (pad(D)); zeros where there is none
   float* features;           // FeatureWeightTiles
   float* d_weights;          // (num_weight_grads, grad_floats)
   std::byte* slots;
@@ -71,6 +72,7 @@ struct BackwardSpace : Dims {
     carve_worker(worker_arena);
     worker_bytes = worker_arena.used_bytes();
     proj = arena.take<float>(has_projection ? head_dim * ld : 0);
+    proj_bias = arena.take<float>(has_projection ? pad(head_dim) : 0);
     features = arena.take<float>(FeatureWeightTiles::num_floats(*this));
     d_weights = arena.take<float>(num_weight_grads * grad_floats);
     slots = arena.take<std::byte>(plan.heads_per_wave * slot_bytes);

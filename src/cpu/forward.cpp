@@ -101,11 +101,8 @@ void linear_branch(const ForwardSpace& space, const ForwardSpace::Worker& w,
   linear_output(problem, features, w.phi, sum, rows, o_l, w.inverse_den);
   if (problem.combine == Combine::kProjection) {
     gemm<Into::kAdd>(rows, pad(head_dim), head_dim, rows_of(o_l, ld), space.proj_t, ld, w.o, ld);
-    if (args.weights.proj_bias) {
-      const float* bias = static_cast<const float*>(args.weights.proj_bias.data);
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t c = 0; c < head_dim; ++c) w.o[r * ld + c] += bias[c];
-      }
+    for (int64_t r = 0; r < rows; ++r) {
+      add_scaled(head_dim, 1.0f, space.proj_bias, w.o + r * ld);
     }
   } else if (problem.combine == Combine::kSum) {
     for (int64_t r = 0; r < rows; ++r) add_scaled(head_dim, 1.0f, o_l + r * ld, w.o + r * ld);
@@ -128,6 +125,7 @@ void Forward(const Plan& plan, const ForwardArgs& args, std::byte* workspace,
     const TensorView& proj = args.weights.proj_weight;
     transpose(proj.row<const float>(0, 0, 0), proj.stride[2], head_dim, head_dim, 1.0f,
               space.proj_t, ld);
+    stage_bias(args.weights.proj_bias, head_dim, space.proj_bias);
   }
 
   const int64_t num_pairs = problem.batch * problem.num_kv_heads;

@@ -30,8 +30,9 @@ struct ForwardSpace : Dims {
   };
 
   const Plan& plan;
-  float* proj_t;    // W^T (D x ld)
-  float* features;  // FeatureWeightTiles
+  float* proj_t;     // W^T (D x ld)
+  float* proj_bias;  // b (pad(D)); zeros where there is none
+  float* features;   // FeatureWeightTiles
   std::byte* slots;
   std::byte* workers;
   int64_t slot_bytes, worker_bytes, total_bytes;
@@ -43,6 +44,7 @@ struct ForwardSpace : Dims {
     slot_bytes = slot_arena.used_bytes();
     worker_bytes = worker_arena.used_bytes();
     proj_t = arena.take<float>(has_projection ? head_dim * ld : 0);
+    proj_bias = arena.take<float>(has_projection ? pad(head_dim) : 0);
     features = arena.take<float>(FeatureWeightTiles::num_floats(*this));
     slots = arena.take<std::byte>(plan.heads_per_wave * slot_bytes);
     workers = arena.take<std::byte>(plan.target.num_threads * worker_bytes);

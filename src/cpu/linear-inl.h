@@ -32,6 +32,12 @@ inline void stage_feature_weights(const Weights& weights, const FeatureWeightTil
   }
 }
 
+/// Copies the projection's bias into a padded row; zeros where there is none.
+HWY_INLINE void stage_bias(const TensorView& bias, int64_t num, float* row) {
+  std::fill_n(row, pad(num), 0.0f);
+  if (bias) load_rows(bias, 0, 0, 0, 1, 1.0f, row, pad(num));
+}
+
 /// Where block n's state lies among those of `num_blocks` blocks.
 struct StateView {
   float* h;  // row f at h + f * h_row
