@@ -19,7 +19,8 @@ if(NOT status EQUAL 0 OR NOT EXISTS "${SPARLINE_TORCH_DIR}/include/torch/csrc/st
 endif()
 
 add_library(
-  sparline_torch MODULE
+  sparline_torch
+  MODULE
   ${PROJECT_SOURCE_DIR}/src/torch/ops.cpp
   ${PROJECT_SOURCE_DIR}/src/torch/spec.cpp
   ${PROJECT_SOURCE_DIR}/src/torch/views.cpp

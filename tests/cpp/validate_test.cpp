@@ -71,32 +71,20 @@ TEST(ValidateProblem, NamesTheRuleTheValueAndTheWayOut) {
        [](Problem& p) { p.batch = std::numeric_limits<int64_t>::max(); }},
       {"query_segments: a segment must not end before it begins, got segment 0 = [10, 0) of "
        "sequence 0. ",
-       [](Problem& p) {
-         p.query_segments = {{10, 0, 0, false}};
-       }},
+       [](Problem& p) { p.query_segments = {{10, 0, 0, false}}; }},
       {"query_segments: a segment must begin where the one before it ends, here at 0, got segment "
        "0 = [1, 50) of sequence 0. ",
-       [](Problem& p) {
-         p.query_segments = {{1, 50, 0, false}};
-       }},
+       [](Problem& p) { p.query_segments = {{1, 50, 0, false}}; }},
       {"key_segments: a segment must begin where the one before it ends, here at 40, got segment 1 "
        "= [30, 70) of sequence 1. ",
-       [](Problem& p) {
-         p.key_segments = {{0, 40, 0, false}, {30, 70, 1, false}};
-       }},
+       [](Problem& p) { p.key_segments = {{0, 40, 0, false}, {30, 70, 1, false}}; }},
       {"key_segments: sequence numbers must not decrease, got segment 1 = [40, 70) of sequence 0. ",
-       [](Problem& p) {
-         p.key_segments = {{0, 40, 1, false}, {40, 70, 0, false}};
-       }},
+       [](Problem& p) { p.key_segments = {{0, 40, 1, false}, {40, 70, 0, false}}; }},
       {"key_segments: the segments must cover all 70 rows, got segment 0 = [0, 60) of sequence 0. ",
-       [](Problem& p) {
-         p.key_segments = {{0, 60, 0, false}};
-       }},
+       [](Problem& p) { p.key_segments = {{0, 60, 0, false}}; }},
       {"query_segments: the segments must cover all 50 rows, got segment 0 = [0, 51) of sequence "
        "0. ",
-       [](Problem& p) {
-         p.query_segments = {{0, 51, 0, false}};
-       }},
+       [](Problem& p) { p.query_segments = {{0, 51, 0, false}}; }},
   };
   for (const BadProblem& bad : cases) {
     Problem problem = good_problem();
