@@ -113,7 +113,7 @@ def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 def _attend_gradients(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, o, lse, block_class, *weights = ctx.saved_tensors
     # PyTorch takes an empty list of integers for an empty list of tensors, whose gradient is [].
-    no_segments = [None if s else [] for s in (ctx.query_segments, ctx.key_segments)]
+    no_segments: list[Any] = [None if s else [] for s in (ctx.query_segments, ctx.key_segments)]
     if d_o is None:
         return None, None, None, None, [None] * len(weights), *no_segments, None
     if (
@@ -155,6 +155,20 @@ def _autocast_rule(device_type: str, key: torch._C.DispatchKey) -> Callable[...,
             return torch.ops.sparline.attend(q, k, v, *rest)
 
     return attend
+
+
+def refuse_transforms(caller: str) -> None:
+    """Raises inside torch.func transforms and forward-mode AD, which would drop derivatives."""
+    if torch.compiler.is_compiling():
+        return
+    in_transform = torch._C._functorch.peek_interpreter_stack() is not None
+    if in_transform or torch.autograd.forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            f"sparline: {caller} supports reverse-mode autograd only, and was called inside a "
+            "torch.func transform (grad, vmap, jvp, ...) or forward-mode AD. Use "
+            'torch.autograd.grad or backward, or pass backend="reference". What vmap would add is '
+            "there already: reshape the extra dimension into the batch."
+        )
 
 
 def _no_vmap(*args: Any) -> Any:

@@ -478,6 +478,10 @@ def _route(
 
 def _spec(options: dict[str, Any], backend: str | None) -> str:
     """``key=value`` pairs for the operators; floats keep every digit."""
+    if torch.compiler.is_compiling():  # numbers that dynamic shapes made symbols become constants
+        from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+        options = {k: x if isinstance(x, str) else guard_scalar(x) for k, x in options.items()}
     items = [f"{key}={int(x) if isinstance(x, bool) else x}" for key, x in options.items()]
     return " ".join(items if backend is None else [*items, f"backend={backend}"])
 
@@ -506,6 +510,7 @@ def _picks_reference(caller: str, q: Tensor, backend: str | None) -> bool:
     if (os.environ.get("SPARLINE_BACKEND") or backend) == "reference":
         return True
     _ops.require()
+    _ops.refuse_transforms(caller)
     if q.dtype == torch.float64:
         raise TypeError(
             f"{caller}: the kernels take float32, bfloat16 or float16, got {q.dtype}. Cast q, k "
