@@ -69,7 +69,8 @@ demo: $(VENV)/.demo
 	@echo; echo "1/2  From noise"
 	@$(BIN)/sparline generate --compare $(DEMO_METHODS) --out outputs/demo/noise
 	@echo; echo "2/2  Over a real clip that training never saw"
-	@$(BIN)/sparline generate --compare $(DEMO_METHODS) --init-video $(DEMO_CLIP) --strength 0.6 --out outputs/demo/clip
+	@$(BIN)/sparline generate --compare $(DEMO_METHODS) --prompt bigbuckbunny \
+	  --init-video $(DEMO_CLIP) --strength 0.6 --out outputs/demo/clip
 	@echo; echo "Look at outputs/demo/noise/sheet.png and outputs/demo/clip/sheet.png; compare.mp4 beside them moves."
 
 # --- tests -----------------------------------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ def load_pipeline(model: str | None) -> Any:
     if model is None:
         from sparline import demo
 
-        return cast(Any, demo).load_pipeline()
+        return demo.load_pipeline()
     folder = Path(model)
     looks_local = folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1
     if looks_local and not folder.exists():
