@@ -14,17 +14,21 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
-from rich.table import Table
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+    from rich.table import Table
+except ImportError as missing:
+    print(f"sparline: {missing}. Run: pip install 'sparline[demo]'", file=sys.stderr)
+    raise SystemExit(2) from missing
 
 app = typer.Typer(
     name="sparline",
@@ -50,7 +54,9 @@ def _one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
 def generate(
     model: Annotated[
         str | None,
-        typer.Option(help="Folder or hub id of a diffusers pipeline. [default: the bundled model]"),
+        typer.Option(
+            help="Folder or hub id of a diffusers pipeline; the bundled model if not given."
+        ),
     ] = None,
     method: Annotated[
         str, typer.Option(help="Attention method; 'original' is the model's own.")
@@ -77,10 +83,16 @@ def generate(
     strength: Annotated[float, typer.Option(help="Share of the clip to replace, in (0, 1].")] = 0.6,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off.")] = 2.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    frames: Annotated[int | None, typer.Option(min=1, help="[default: the model's]")] = None,
-    height: Annotated[int | None, typer.Option(min=1, help="[default: the model's]")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="[default: the model's]")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Of the clip; the model's own if not given.")
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(min=1, help="Of the clip; the model's own if not given.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(min=1, help="Of the clip; the model's own if not given.")
+    ] = None,
     dense_steps: Annotated[
         int, typer.Option(min=0, help="First steps that keep the model's own attention.")
     ] = 0,
