@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The CPU backend against the oracle, and the laws that hold whatever the numbers are.
-//   SPARLINE_CASES=n   random cases on the best SIMD target (default 256)
+//   SPARLINE_CASES=n   random cases on the best SIMD target (default 512)
 //   SPARLINE_SEED=s    only the case of this seed
 #include "cpu/targets.h"
 // Targets first: it chooses what Highway compiles.
@@ -89,7 +89,7 @@ void expect_same_bits(const Outputs& a, const Outputs& b, const std::string& wha
 TEST(Oracle, RandomCases) {
   const int64_t seed = from_environment("SPARLINE_SEED", -1);
   if (seed >= 0) return check_case(random_case(static_cast<uint64_t>(seed)));
-  const int64_t cases = from_environment("SPARLINE_CASES", 256);
+  const int64_t cases = from_environment("SPARLINE_CASES", 512);
   for (int64_t n = 0; n < cases; ++n) check_case(random_case(static_cast<uint64_t>(n)));
 }
 
@@ -154,6 +154,21 @@ TEST(Oracle, EveryShortLength) {
     c.problem.num_queries = length;
     c.problem.num_keys = 35 - length;
     c.problem.block_q = 16;
+    check_case(c);
+  }
+}
+
+TEST(Oracle, LongSequences) {
+  for (const LinearScope scope : {LinearScope::kMarginal, LinearScope::kComplement}) {
+    Case c = plain_case();
+    c.problem.batch = 1;
+    c.problem.num_heads = 2;
+    c.problem.num_kv_heads = 1;
+    c.problem.num_queries = 900;
+    c.problem.num_keys = 1500;
+    c.problem.head_dim = 64;
+    c.problem.block_q = 64;
+    c.problem.linear_scope = scope;
     check_case(c);
   }
 }
