@@ -412,7 +412,8 @@ def _check_block_map(
             f"{tuple(block_map.shape)}. Blocks are {method.block_q} x {method.block_k} rows and "
             "stop at every segment's end."
         )
-    return block_map.to(torch.int8).expand(shape)
+    block_map = block_map.to(torch.int8).expand(shape)
+    return block_map if block_map.stride(-1) == 1 else block_map.contiguous()
 
 
 def _attend_options(
