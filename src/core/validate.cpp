@@ -163,7 +163,9 @@ void validate_argument(const std::string& call, const Argument& arg) {
   require(std::ranges::all_of(view.stride, [](int64_t stride) { return stride >= 0; }),
           name + " must have no negative stride", view.stride, "Copy it to a row-major tensor.");
   double extent = 1.0;
-  for (int d = 0; d < 4; ++d) extent += static_cast<double>(view.shape[d] - 1) * view.stride[d];
+  for (int d = 0; d < 4; ++d) {
+    extent += static_cast<double>(view.shape[d] - 1) * static_cast<double>(view.stride[d]);
+  }
   require(extent <= 0x1p56, name + " must span at most 2^56 elements", view.stride,
           "Copy it to a row-major tensor.");
   require(view.stride[3] == 1 || view.shape[3] == 1,
@@ -190,7 +192,7 @@ void validate_workspace(const std::string& call, std::span<const std::byte> work
   if (workspace_bytes == 0) return;
   require(workspace.data() != nullptr, call + ": workspace must be present", text("a null pointer"),
           "Allocate the plan's workspace_bytes, aligned to 64 bytes.");
-  require(static_cast<int64_t>(workspace.size()) >= workspace_bytes,
+  require(std::cmp_greater_equal(workspace.size(), workspace_bytes),
           call + ": workspace must hold the plan's " + text(workspace_bytes) + " bytes",
           static_cast<int64_t>(workspace.size()), "Allocate what the plan says.");
   const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(workspace.data()) % 64);

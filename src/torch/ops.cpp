@@ -85,8 +85,9 @@ Tensor with_unit_stride(const Tensor& tensor) {
 struct Workspace {
   Workspace(const Tensor& q, int64_t bytes)
       : tensor(torch::stable::empty({bytes + 63}, ScalarType::Byte, std::nullopt, q.device())) {
-    const auto address = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-    span = {reinterpret_cast<std::byte*>((address + 63) / 64 * 64), static_cast<size_t>(bytes)};
+    auto* const start = static_cast<std::byte*>(tensor.data_ptr());
+    const uintptr_t past = reinterpret_cast<uintptr_t>(start) % 64;
+    span = {start + (64 - past) % 64, static_cast<size_t>(bytes)};
   }
   Tensor tensor;
   std::span<std::byte> span;
@@ -173,6 +174,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> attend_backward(
   Tensor d_k = like(k);
   Tensor d_v = like(v);
   std::vector<Tensor> d_weights;
+  d_weights.reserve(weights.size());
   for (const Tensor& weight : weights) d_weights.push_back(like(weight));
   run<BackwardArgs>(
       sparline::backward, plan,
