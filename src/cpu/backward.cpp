@@ -25,6 +25,9 @@
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
 
+#include <atomic>
+#include <thread>
+
 #include "cpu/backward_space.h"
 #include "cpu/kernels.h"
 #include "cpu/linear-inl.h"
@@ -85,10 +88,10 @@ class Wave {
       run_tasks(plan_, stream_, num_slots_ * kFeatureSlices,
                 [&](int64_t task, int64_t) { sum_query_states(task); });
     }
-    for (int64_t step = 0; step < kChunks; ++step) {
-      run_tasks(plan_, stream_, num_slots_ * kChunks,
-                [&](int64_t task, int64_t worker) { tiles(task, step, worker); });
-    }
+    std::fill_n(space_.progress, num_slots_ * kChunks, 0);
+    run_tasks(plan_, stream_, kChunks * num_slots_ * kChunks, [&](int64_t task, int64_t worker) {
+      tiles(task % (num_slots_ * kChunks), task / (num_slots_ * kChunks), worker);
+    });
     run_tasks(plan_, stream_, num_slots_ * kChunks, [&](int64_t task, int64_t worker) {
       keys_out(task, worker);
       queries_out(task);
@@ -239,14 +242,30 @@ class Wave {
                          w.y, head.d_q + block.begin * ld, feature_grads(head.d_feature, chunk));
   }
 
-  /// The critical tiles of query chunk r and key chunk (r + step) mod kChunks.
+  /// The critical tiles of query chunk r and key chunk (r + step) mod kChunks. Query chunk r must
+  /// have done its previous step (it adds to the same d_q), and so must query chunk r + 1 (to the
+  /// same d_k and d_v). Tasks start in the order of their steps, so what is waited for is under
+  /// way.
   void tiles(int64_t task, int64_t step, int64_t worker) const {
-    const int64_t n = task / kChunks, r = task % kChunks, ld = space_.ld, ld_rows = space_.ld_rows;
-    const int64_t head_dim = p_.head_dim, b = batch_of(n);
+    const int64_t n = task / kChunks, r = task % kChunks;
+    std::atomic_ref<int32_t> own(space_.progress[task]);
+    wait_for(own, step);
+    wait_for(std::atomic_ref<int32_t>(space_.progress[n * kChunks + (r + 1) % kChunks]), step);
+    tiles_of_chunks(n, r, (r + step) % kChunks, worker);
+    own.store(static_cast<int32_t>(step) + 1, std::memory_order_release);
+  }
+
+  static void wait_for(std::atomic_ref<int32_t> progress, int64_t step) {
+    while (progress.load(std::memory_order_acquire) < step) std::this_thread::yield();
+  }
+
+  void tiles_of_chunks(int64_t n, int64_t r, int64_t c, int64_t worker) const {
+    const int64_t ld = space_.ld, ld_rows = space_.ld_rows, head_dim = p_.head_dim;
+    const int64_t b = batch_of(n);
     const BackwardSpace::Slot slot = space_.slot(n);
     const BackwardSpace::Worker w = space_.worker(worker);
     const BlockRange query_chunk = share(space_.num_query_blocks, r, kChunks);
-    const BlockRange key_chunk = share(space_.num_key_blocks, (r + step) % kChunks, kChunks);
+    const BlockRange key_chunk = share(space_.num_key_blocks, c, kChunks);
     for (int64_t g = 0; g < space_.group; ++g) {
       const int64_t h = kv_head_of(n) * space_.group + g;
       const BackwardSpace::Head head = space_.head(slot, g);

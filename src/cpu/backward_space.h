@@ -57,6 +57,7 @@ struct BackwardSpace : Dims {
   float* proj_bias;          // b (pad(D)); zeros where there is none
   float* features;           // FeatureWeightTiles
   float* d_weights;          // (num_weight_grads, grad_floats)
+  int32_t* progress;         // per slot and query chunk: steps done
   std::byte* slots;
   std::byte* workers;
   int64_t head_bytes, slot_bytes, worker_bytes, total_bytes;
@@ -75,6 +76,7 @@ struct BackwardSpace : Dims {
     proj_bias = arena.take<float>(has_projection ? pad(head_dim) : 0);
     features = arena.take<float>(FeatureWeightTiles::num_floats(*this));
     d_weights = arena.take<float>(num_weight_grads * grad_floats);
+    progress = arena.take<int32_t>(plan.heads_per_wave * kChunks);
     slots = arena.take<std::byte>(plan.heads_per_wave * slot_bytes);
     workers = arena.take<std::byte>(plan.target.num_threads * worker_bytes);
     total_bytes = arena.used_bytes();
