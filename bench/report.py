@@ -51,7 +51,7 @@ def latest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(kept.values())
 
 
-def render(files: Iterable[Path]) -> str:
+def render(files: Iterable[Path], demos: Iterable[Path]) -> str:
     parts = [HEAD]
     for path in sorted(files):
         lines = path.read_text().splitlines()
@@ -65,7 +65,31 @@ def render(files: Iterable[Path]) -> str:
             f"SGEMM {last['sgemm_gflops']:.0f} GFLOP/s.\n"
         )
         parts += [render_targets(rows), render_rows(rows)]
+    parts += [render_demo(path) for path in sorted(demos)]
     return "\n".join(parts)
+
+
+def render_demo(path: Path) -> str:
+    """The table that ``sparline generate --compare`` printed, from its results.json."""
+    report = json.loads(path.read_text())
+    job = report["job"]
+    start = f"over {Path(job['init_video']).name}" if job["init_video"] else "from noise"
+    lines = [
+        f"## The bundled model, {start}\n",
+        f"{job['steps']} steps, the first {job['dense_steps']} with the model's own attention, "
+        f"guidance {job['guidance']:g}, class {job['prompt']}, on {report['device']}. PSNR and "
+        "SSIM are against the first row, at an equal seed.\n",
+        "| method | s / step | faster | attention share | block sparsity | PSNR dB | SSIM |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    first = report["results"][0]
+    for row in report["results"]:
+        alike = "| |" if row["psnr_db"] is None else f"| {row['psnr_db']:.1f} | {row['ssim']:.3f} |"
+        lines.append(
+            f"| {row['label']} | {row['step_s']:.2f} | {first['step_s'] / row['step_s']:.2f}× "
+            f"| {row['attention_share']:.0%} | {row['sparsity']:.1%} {alike}"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def render_targets(rows: list[dict[str, Any]]) -> str:
@@ -138,7 +162,8 @@ def _row(row: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    page = render((ROOT / "bench" / "results").glob("*.jsonl"))
+    results = ROOT / "bench" / "results"
+    page = render(results.glob("*.jsonl"), (results / "demo").glob("*.json"))
     if "--check" in sys.argv[1:]:
         if PAGE.exists() and PAGE.read_text() == page:
             return 0

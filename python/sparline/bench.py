@@ -27,6 +27,7 @@ from torch import Tensor
 
 import sparline
 from sparline.accounting import block_sparsity, flops
+from sparline.machine import describe_device
 from sparline.methods import SLA, Dense, Method
 
 #: Input sets that take turns, so that no call finds its own data in the cache.
@@ -354,8 +355,6 @@ def _extra_bytes(case: Case, workload: Workload) -> int | None:
 
 
 def describe_machine() -> dict[str, Any]:
-    from sparline.doctor import cpu_name
-
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent,
@@ -364,7 +363,7 @@ def describe_machine() -> dict[str, Any]:
         check=False,
     ).stdout.strip()
     return {
-        "device": f"{cpu_name()}, {torch.get_num_threads()} threads",
+        "device": describe_device(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from rich.table import Table
 import sparline
 from sparline import _ops
 from sparline.generate import InputError, parse_variants
+from sparline.machine import cpu_name
 
 _TYPICAL = {
     "bundled demo model": (1, 4, 8192, 64),
@@ -107,18 +107,6 @@ def _machine() -> list[tuple[str, str]]:
     else:
         rows.append(("CUDA devices", "none"))
     return rows
-
-
-def cpu_name() -> str:
-    """The processor's own name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    for line in lines:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def _library() -> list[tuple[str, str]]:

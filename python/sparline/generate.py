@@ -23,6 +23,7 @@ from PIL import Image
 
 import sparline
 from sparline import video
+from sparline.machine import describe_device
 from sparline.methods import METHODS, Method
 
 #: The model as it came, with its own attention; no method of ours.
@@ -324,6 +325,11 @@ def write_results(folder: Path, job: Job, results: Sequence[Result], extension: 
     video.write_sheet(written[-1], clips, labels)
     written.append(folder / "results.json")
     settings = {**asdict(job), "init_video": str(job.init_video) if job.init_video else None}
-    text = json.dumps({"job": settings, "results": [r.to_dict() for r in results]}, indent=2)
+    report = {
+        "job": settings,
+        "device": describe_device(),
+        "results": [r.to_dict() for r in results],
+    }
+    text = json.dumps(report, indent=2)
     written[-1].write_text(text + "\n")
     return written
