@@ -230,6 +230,8 @@ def attend(
         rows = slice(block.begin, block.end)
         # Sparse branch: softmax over the critical blocks. A row without any gives 0 and -inf.
         critical = (block_class[:, :, i] == CRITICAL).repeat_interleave(key_rows, dim=-1)
+        if combine == "linear" and not block.is_protected:
+            critical = torch.zeros_like(critical)  # no softmax is taken
         s = scale * q[:, :, rows] @ k.mT  # (B,H,rows,N_k)
         s = s.masked_fill(~critical[:, :, None], -math.inf)
         row_max = s.detach().amax(dim=-1, keepdim=True)
@@ -252,6 +254,6 @@ def attend(
                 o_l = o_l @ weights.proj_weight.to(dtype).mT
                 if weights.proj_bias is not None:
                     o_l = o_l + weights.proj_bias.to(dtype)
-            o = o_l if combine == "linear" else o + o_l
+            o = o + o_l
         o_rows.append(o)
     return torch.cat(o_rows, dim=2).to(output_dtype), torch.cat(lse_rows, dim=2).detach()

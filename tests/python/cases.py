@@ -367,11 +367,10 @@ def check_case(case: Case, backend: str = "cpu") -> None:
     dtype = case.torch_dtype
     assert actual.o.dtype == dtype
     assert_relative("o", actual.o, exact.o, same_precision.o, dtype)
-    if not (isinstance(case.method, SLA) and case.method.combine == "linear"):
-        assert actual.lse.dtype == torch.float32
-        rounds_keys = isinstance(case.method, SLA) and case.method.smooth_k == "all"
-        lse_dtype = dtype if rounds_keys else torch.float32
-        assert_relative("lse", actual.lse, exact.lse, exact.lse.to(lse_dtype), lse_dtype)
+    assert actual.lse.dtype == torch.float32
+    rounds_keys = isinstance(case.method, SLA) and case.method.smooth_k == "all"
+    lse_dtype = dtype if rounds_keys else torch.float32
+    assert_relative("lse", actual.lse, exact.lse, exact.lse.to(lse_dtype), lse_dtype)
     for name, gradient in actual.gradients.items():
         assert_relative(
             f"d_{name}",

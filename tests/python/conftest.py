@@ -4,7 +4,12 @@ with NaN (floats) or the largest value (integers), workspaces included, so that 
 never written, or read too early, shows.
 """
 
+import os
 from collections.abc import Iterator
+
+# Waiting OpenMP threads sleep instead of spinning: on a busy machine the many tiny calls of these
+# tests would otherwise take minutes. It has to be set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

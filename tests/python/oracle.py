@@ -109,8 +109,11 @@ def attend(
         o_l = torch.einsum("bhqd,ed->bhqe", o_l, proj_weight)
         if proj_bias is not None:
             o_l = o_l + proj_bias
+    protected = torch.from_numpy(q_tokens.protected)
+    if combine == "linear":  # no softmax is taken outside protected rows
+        lse = torch.where(protected, lse, torch.full_like(lse, -math.inf))
     o = o_l if combine == "linear" else o_s + o_l
-    return torch.where(torch.from_numpy(q_tokens.protected)[:, None], o_s, o), lse
+    return torch.where(protected[:, None], o_s, o), lse
 
 
 def pooled_scores(

@@ -81,7 +81,9 @@ def test_reference_gradcheck(feature_map: str, scope: str) -> None:
         )
         return o
 
-    assert torch.autograd.gradcheck(attend, (q, k, v, *learned), atol=1e-7, rtol=1e-6)
+    fast = scope != "marginal"  # one random direction instead of every element
+    tensors = (q, k, v, *learned)
+    assert torch.autograd.gradcheck(attend, tensors, atol=1e-7, rtol=1e-6, fast_mode=fast)
 
 
 def test_reference_has_second_derivatives() -> None:
