@@ -1,6 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # The PyTorch operators: one shared module on LibTorch's stable ABI, loaded with torch.ops.load_library. It includes no
 # Python.h, so one binary serves every Python and every torch >= 2.10, with and without CUDA.
+if(BUILD_SHARED_LIBS)
+  message(
+    FATAL_ERROR
+    "SPARLINE_BUILD_TORCH makes one file that holds the core, so it needs BUILD_SHARED_LIBS=OFF. "
+    "Build libsparline.so in a build folder of its own."
+  )
+endif()
 find_package(Python 3.10 REQUIRED COMPONENTS Interpreter)
 execute_process(
   COMMAND
