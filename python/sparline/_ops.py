@@ -144,7 +144,8 @@ def _no_double_backward(ctx: Any, *gradients: Any) -> None:
     )
 
 
-# Autocast: q, k and v take the autocast dtype; weights stay float32; lse is always float32.
+# Autocast: q, k and v of attend take the autocast dtype; weights stay float32, and so does lse. The
+# router ranks what comes in.
 
 
 def _autocast_rule(device_type: str, key: torch._C.DispatchKey) -> Callable[..., Any]:

@@ -370,7 +370,12 @@ def check_case(case: Case, backend: str = "cpu") -> None:
     assert actual.lse.dtype == torch.float32
     rounds_keys = isinstance(case.method, SLA) and case.method.smooth_k == "all"
     lse_dtype = dtype if rounds_keys else torch.float32
-    assert_relative("lse", actual.lse, exact.lse, exact.lse.to(lse_dtype), lse_dtype)
+    rounded = exact.lse.to(lse_dtype)
+    assert_relative("lse", actual.lse, exact.lse, rounded, lse_dtype, magnitude=1.0)
+    # d_o . v and d_o . o nearly cancel in dS; so do the two terms of dphi, over a denominator that
+    # has a smallest feature of 0.1 in it (make_inputs).
+    is_relu = isinstance(case.method, SLA) and case.method.feature_map == "relu"
+    magnitude = case.head_dim**0.5 * (10.0 if is_relu else 1.0)
     for name, gradient in actual.gradients.items():
         assert_relative(
             f"d_{name}",
@@ -378,7 +383,7 @@ def check_case(case: Case, backend: str = "cpu") -> None:
             exact.gradients[name],
             same_precision.gradients[name],
             dtype,
-            magnitude=case.head_dim**0.5,  # of d_o . v and d_o . o, which nearly cancel in dS
+            magnitude=magnitude,
         )
 
 
