@@ -147,9 +147,9 @@ def generate(
 
 
 def _results_table(results: list[Any]) -> Table:
-    table = Table()
-    table.add_column("method")
-    for name in ("s / step", "faster", "attention share", "block sparsity", "PSNR dB", "SSIM"):
+    table = Table(caption_justify="left")
+    table.add_column("method", overflow="fold")
+    for name in ("s / step", "faster", "attention", "sparsity", "PSNR dB", "SSIM"):
         table.add_column(name, justify="right")
     for r in results:
         alike = ("-", "-") if r.psnr_db is None else (f"{r.psnr_db:.1f}", f"{r.ssim:.3f}")
@@ -161,8 +161,11 @@ def _results_table(results: list[Any]) -> Table:
             f"{r.sparsity:.1%}",
             *alike,
         )
+    table.caption = (
+        "attention: share of a step's time; sparsity: blocks not attended, mean over all calls"
+    )
     if len(results) > 1:
-        table.caption = f"PSNR and SSIM against {results[0].label}, equal seed"
+        table.caption += f"; PSNR and SSIM: against {results[0].label}, at an equal seed"
     return table
 
 
