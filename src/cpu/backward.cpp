@@ -158,11 +158,6 @@ class Wave {
         load_rows(args_.d_o, b, h, block.begin, block.rows, 1.0f, head.d_o + at, ld);
         load_rows(args_.o, b, h, block.begin, block.rows, 1.0f, w.o, ld);
         std::fill_n(head.d_q + at, block.rows * ld, 0.0f);
-        transpose(head.q + at, ld, block.rows, p_.head_dim,
-                  static_cast<float>(p_.softmax_scale) * kLog2E,
-                  head.q_t + i * p_.head_dim * ld_rows, ld_rows);
-        transpose(head.d_o + at, ld, block.rows, p_.head_dim, 1.0f,
-                  head.d_o_t + i * p_.head_dim * ld_rows, ld_rows);
         float* const lse_log2 = head.lse_log2 + i * ld_rows;
         float* const delta = head.delta + i * ld_rows;
         const float* const lse = args_.lse.row<const float>(0, b, h) + block.begin;
@@ -276,17 +271,22 @@ class Wave {
         const float* const q = head.q + queries.begin * ld;
         const float* const d_o = head.d_o + queries.begin * ld;
         float* const d_q = head.d_q + queries.begin * ld;
-        const float* const q_t = head.q_t + i * head_dim * ld_rows;
-        const float* const d_o_t = head.d_o_t + i * head_dim * ld_rows;
+        bool is_transposed = false;
         const int64_t end = std::min(key_chunk.end, sequence.end);
         for (int64_t j = std::max(key_chunk.begin, sequence.begin); j < end; ++j) {
           if (classes_(b, h, i, j) != 1) continue;
+          if (!is_transposed) {  // cheaper than to keep both orders: they would come from memory
+            transpose(q, ld, queries.rows, head_dim, static_cast<float>(p_.softmax_scale) * kLog2E,
+                      w.q_t, ld_rows);
+            transpose(d_o, ld, queries.rows, head_dim, 1.0f, w.d_o_t, ld_rows);
+            is_transposed = true;
+          }
           const Block& keys = plan_.key_blocks[j];
           const int64_t at = keys.begin * ld;
           gemm<Into::kOverwrite>(keys.rows, pad(queries.rows), head_dim, rows_of(slot.k + at, ld),
-                                 q_t, ld_rows, w.p_t, ld_rows);
+                                 w.q_t, ld_rows, w.p_t, ld_rows);
           gemm<Into::kOverwrite>(keys.rows, pad(queries.rows), head_dim, rows_of(slot.v + at, ld),
-                                 d_o_t, ld_rows, w.ds_t, ld_rows);
+                                 w.d_o_t, ld_rows, w.ds_t, ld_rows);
           softmax_backward(w.p_t, w.ds_t, ld_rows, keys.rows, queries.rows,
                            head.lse_log2 + i * ld_rows, head.delta + i * ld_rows,
                            static_cast<float>(p_.softmax_scale));

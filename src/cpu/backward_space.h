@@ -6,8 +6,9 @@
 
 namespace sparline::cpu {
 
-/// Parts into which the queries and the keys of a head are cut (see backward.cpp).
-constexpr int64_t kChunks = 8;
+/// Parts into which the queries and the keys of a head are cut (see backward.cpp). More parts feed
+/// more threads; fewer let a query block meet more of its tiles at once.
+constexpr int64_t kChunks = 4;
 
 /// Everything the backward keeps in its workspace.
 struct BackwardSpace : Dims {
@@ -15,8 +16,6 @@ struct BackwardSpace : Dims {
     float* q;          // (N_q x ld)
     float* d_o;        // (N_q x ld)
     float* d_q;        // (N_q x ld)
-    float* q_t;        // (T_m, D x ld_rows), scaled by softmax_scale log2(e)
-    float* d_o_t;      // (T_m, D x ld_rows)
     float* lse_log2;   // (T_m, ld_rows), +inf where a row has no critical key
     float* delta;      // (T_m, ld_rows)
     float* mask;       // (T_m x ld_mask): E_i
@@ -36,6 +35,8 @@ struct BackwardSpace : Dims {
     std::byte* heads;
   };
   struct Worker {
+    float* q_t;          // (D x ld_rows), scaled by softmax_scale log2(e)
+    float* d_o_t;        // (D x ld_rows)
     float* p_t;          // (block_k x ld_rows)
     float* ds_t;         // (block_k x ld_rows)
     float* o;            // (block_q x ld)
@@ -110,8 +111,6 @@ struct BackwardSpace : Dims {
     return {.q = arena.take<float>(num_queries * ld),
             .d_o = arena.take<float>(num_queries * ld),
             .d_q = arena.take<float>(num_queries * ld),
-            .q_t = arena.take<float>(num_query_blocks * head_dim * ld_rows),
-            .d_o_t = arena.take<float>(num_query_blocks * head_dim * ld_rows),
             .lse_log2 = arena.take<float>(num_query_blocks * ld_rows),
             .delta = arena.take<float>(num_query_blocks * ld_rows),
             .mask = arena.take<float>(linear * num_query_blocks * ld_mask),
@@ -135,7 +134,9 @@ struct BackwardSpace : Dims {
   }
   Worker carve_worker(Arena& arena) const {
     const int64_t block_q = plan.problem.block_q, linear = is_linear ? 1 : 0;
-    return {.p_t = arena.take<float>(plan.problem.block_k * ld_rows),
+    return {.q_t = arena.take<float>(head_dim * ld_rows),
+            .d_o_t = arena.take<float>(head_dim * ld_rows),
+            .p_t = arena.take<float>(plan.problem.block_k * ld_rows),
             .ds_t = arena.take<float>(plan.problem.block_k * ld_rows),
             .o = arena.take<float>(block_q * ld),
             .o_l = arena.take<float>(linear * block_q * ld),
