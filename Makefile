@@ -63,15 +63,15 @@ comma := ,
 # --- the main job ----------------------------------------------------------------------------------------------------
 
 # Training-free on this short sequence: a fifth of the blocks, and the first steps, which lay out the scene, dense.
-DEMO_METHODS := dense,sla --set keep_ratio=0.2 --steps 12
+DEMO_METHODS := dense,sla --set keep_ratio=0.2
 DEMO_CLIP := python/sparline/demo/assets/held_out.mp4
 
 demo: $(VENV)/.demo
 	@echo; echo "1/2  From noise"
-	@$(BIN)/sparline generate --compare $(DEMO_METHODS) --dense-steps 3 --out outputs/demo/noise
+	@$(BIN)/sparline generate --compare $(DEMO_METHODS) --steps 8 --dense-steps 2 --out outputs/demo/noise
 	@echo; echo "2/2  Over a real clip that training never saw"
 	@$(BIN)/sparline generate --compare $(DEMO_METHODS) --prompt bigbuckbunny \
-	  --init-video $(DEMO_CLIP) --strength 0.6 --out outputs/demo/clip
+	  --init-video $(DEMO_CLIP) --strength 0.6 --steps 12 --guidance 1 --out outputs/demo/clip
 	@echo; echo "Look at outputs/demo/noise/sheet.png and outputs/demo/clip/sheet.png; compare.mp4 beside them moves."
 
 # --- tests -----------------------------------------------------------------------------------------------------------
