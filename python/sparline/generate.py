@@ -168,9 +168,9 @@ def load_pipeline(model: str | None) -> Any:
                 )
             return DemoPipeline(transformer, host.FlowMatchEulerDiscreteScheduler())
         return host.DiffusionPipeline.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # whatever the host and the hub's client raise
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"--model: {model} cannot be loaded: {reason}") from error
 
@@ -189,12 +189,17 @@ def default_prompt(pipeline: Any) -> str:
 
 def check_job(pipeline: Any, job: Job) -> None:
     """Raises InputError for what would otherwise fail deep inside the pipeline."""
+    try:
+        sparline.restore(pipeline)  # changes nothing, but names a model that we cannot take
+    except TypeError as error:
+        raise InputError(f"--model: {error}") from error
     names = getattr(pipeline, "class_names", None)
     if names is not None and job.prompt not in names:
         raise InputError(f"--prompt: it must be one of {', '.join(names)}, got {job.prompt!r}.")
     if names is None and not job.prompt:
         raise InputError("--prompt: this model needs a text. Pass --prompt 'what to show'.")
-    patch = pipeline.transformer.config.patch_size
+    transformer = pipeline.transformer or pipeline.transformer_2  # Wan 2.2 may leave one out
+    patch = transformer.config.patch_size
     scale = getattr(pipeline, "vae_scale_factor_spatial", 1)
     for name, value, unit in (
         ("height", job.height, patch[1] * scale),

@@ -161,6 +161,18 @@ def test_latent_transformer_without_its_vae(tmp_path: Path) -> None:
     assert_one_line(result, "bare transformer of 16 latent channels.*whole pipeline")
 
 
+def test_model_of_another_kind() -> None:
+    from sparline.generate import InputError, Job, check_job
+
+    class Pipeline:
+        transformer = torch.nn.Linear(2, 2)
+
+    job = Job("a cat", num_frames=1, height=2, width=2, steps=1, guidance=1.0, seed=0)
+    for pipeline in (Pipeline(), object()):
+        with pytest.raises(InputError, match=r"--model: .*WanTransformer3DModel"):
+            check_job(pipeline, job)
+
+
 def test_doctor_and_explain() -> None:
     result = run("doctor")
     assert result.exit_code == 0, result.output
