@@ -7,7 +7,7 @@
 //     o_l = phi(q) H_i / phi(q) Z_i,  H_i = sum h_j,  Z_i = sum z_j
 //   o = o_s, o_l, o_s + o_l or o_s + o_l W^T + b
 //
-// (batch, kv head) pairs run in waves of plan.heads_per_wave. In a wave, key blocks are staged as
+// (batch, kv head) pairs run in waves. In a wave, key blocks are staged as
 // float32 tiles with their h_j and z_j, H_i and Z_i are summed, and then every query block of every
 // query head is one task. Scores are computed transposed, S^T = k_j q_i^T: the softmax then runs
 // down the columns without horizontal sums, and k_j and v_j are used as they lie in memory. Base-2
@@ -129,8 +129,8 @@ void Forward(const Plan& plan, const ForwardArgs& args, std::byte* workspace,
   }
 
   const int64_t num_pairs = problem.batch * problem.num_kv_heads;
-  for (int64_t first = 0; first < num_pairs; first += plan.heads_per_wave) {
-    const int64_t wave = std::min(plan.heads_per_wave, num_pairs - first);
+  for (int64_t first = 0; first < num_pairs; first += space.heads_per_wave) {
+    const int64_t wave = std::min(space.heads_per_wave, num_pairs - first);
     const auto batch_of = [&](int64_t n) { return (first + n) / problem.num_kv_heads; };
     const auto kv_head_of = [&](int64_t n) { return (first + n) % problem.num_kv_heads; };
 

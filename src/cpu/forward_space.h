@@ -30,6 +30,7 @@ struct ForwardSpace : Dims {
   };
 
   const Plan& plan;
+  int64_t heads_per_wave;
   float* proj_t;     // W^T (D x ld)
   float* proj_bias;  // b (pad(D)); zeros where there is none
   float* features;   // FeatureWeightTiles
@@ -38,6 +39,10 @@ struct ForwardSpace : Dims {
   int64_t slot_bytes, worker_bytes, total_bytes;
 
   ForwardSpace(const Plan& plan_in, std::byte* base) : Dims(plan_in), plan(plan_in) {
+    // Query blocks are the tasks of a wave: where one head has plenty, more heads in flight would
+    // only take memory.
+    const int64_t wanted_tasks = 8 * plan.target.num_threads, tasks = group * num_query_blocks;
+    heads_per_wave = std::min(plan.heads_per_wave, (wanted_tasks + tasks - 1) / tasks);
     Arena arena(base), slot_arena, worker_arena;
     carve_slot(slot_arena);
     carve_worker(worker_arena);
@@ -46,7 +51,7 @@ struct ForwardSpace : Dims {
     proj_t = arena.take<float>(has_projection ? head_dim * ld : 0);
     proj_bias = arena.take<float>(has_projection ? pad(head_dim) : 0);
     features = arena.take<float>(FeatureWeightTiles::num_floats(*this));
-    slots = arena.take<std::byte>(plan.heads_per_wave * slot_bytes);
+    slots = arena.take<std::byte>(heads_per_wave * slot_bytes);
     workers = arena.take<std::byte>(plan.target.num_threads * worker_bytes);
     total_bytes = arena.used_bytes();
   }
