@@ -12,6 +12,7 @@ and configuration. ``restore`` puts the original processors back. Learned tensor
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from diffusers.models.transformers.transformer_wan import (
     WanAttnProcessor,
     _get_qkv_projections,
 )
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -344,7 +345,9 @@ def save_state(model: Any, path: str | Path) -> None:
         "dense_layers": json.dumps(installed.dense_layers),
     }
     tensors = {name: p.detach().contiguous().cpu() for name, p in learned_parameters(model)}
-    save_file(tensors, str(path), metadata=metadata)
+    partial = Path(f"{path}.partial")  # a broken write leaves an older file as it was
+    save_file(tensors, str(partial), metadata=metadata)
+    os.replace(partial, path)
 
 
 def load_state(model: ModelT, path: str | Path) -> ModelT:
@@ -359,9 +362,15 @@ def load_state(model: ModelT, path: str | Path) -> ModelT:
         raise FileNotFoundError(
             f"load_state: there is no file {path}. Write one with sparline.save_state(model, path)."
         )
-    with safe_open(str(path), framework="pt") as file:
-        metadata: dict[str, str] = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"load_state: {path} must be a whole safetensors file, got one that does not read "
+            f"({error}). Copy it again, or write it anew with sparline.save_state(model, path)."
+        ) from error
     if metadata.get("format") != STATE_FORMAT:
         raise ValueError(
             f"load_state: {path} must be a file of format {STATE_FORMAT!r}, got "

@@ -407,6 +407,9 @@ def test_what_is_no_state_file(tmp_path: Path) -> None:
 
     with pytest.raises(FileNotFoundError, match="no file"):
         sparline.load_state(tiny_wan(), tmp_path / "nowhere.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(b"no header")
+    with pytest.raises(ValueError, match="whole safetensors file"):
+        sparline.load_state(tiny_wan(), tmp_path / "cut.safetensors")
     safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="sparline-state-1"):
         sparline.load_state(tiny_wan(), tmp_path / "other.safetensors")
