@@ -59,9 +59,10 @@ def render(files: Iterable[Path], demos: Iterable[Path]) -> str:
         if not rows:
             continue
         last = rows[-1]
+        commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
         parts.append(
             f"## {last['device']}\n\n"
-            f"{last['isa']}, torch {last['torch']}, commit {last['commit']}, {last['date']} UTC; "
+            f"{last['isa']}, torch {last['torch']}, commit {commits}, {last['date']} UTC; "
             f"SGEMM {last['sgemm_gflops']:.0f} GFLOP/s.\n"
         )
         parts += [render_targets(rows), render_rows(rows)]
