@@ -85,7 +85,9 @@ def render_demo(path: Path) -> str:
     ]
     first = report["results"][0]
     for row in report["results"]:
-        alike = "| |" if row["psnr_db"] is None else f"| {row['psnr_db']:.1f} | {row['ssim']:.3f} |"
+        alike = "| | |"  # the first row is what the others are compared with
+        if row["psnr_db"] is not None:
+            alike = f"| {row['psnr_db']:.1f} | {row['ssim']:.3f} |"
         lines.append(
             f"| {row['label']} | {row['step_s']:.2f} | {first['step_s'] / row['step_s']:.2f}× "
             f"| {row['attention_share']:.0%} | {row['sparsity']:.1%} {alike}"
