@@ -123,7 +123,7 @@ struct Plan {
   std::string reason;
   std::vector<Block> query_blocks;  // T_m of them
   std::vector<Block> key_blocks;    // T_n of them
-  int64_t heads_per_wave = 1;       // (batch, kv head) pairs in flight together
+  int64_t heads_per_wave = 1;       // (batch, kv head) pairs in flight together, at most
   int64_t route_workspace_bytes = 0;
   int64_t forward_workspace_bytes = 0;
   int64_t backward_workspace_bytes = 0;

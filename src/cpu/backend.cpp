@@ -53,24 +53,16 @@ class CpuBackend final : public Backend {
 
   void route(const Plan& plan, const RouteArgs& args, std::span<std::byte> workspace,
              Stream stream) const override {
-    cpu::route(plan, args, with_large_pages(workspace), with_executor(stream, own_));
+    cpu::route(plan, args, with_large_pages(workspace), stream);
   }
   void forward(const Plan& plan, const ForwardArgs& args, std::span<std::byte> workspace,
                Stream stream) const override {
-    cpu::forward(plan, args, with_large_pages(workspace), with_executor(stream, own_));
+    cpu::forward(plan, args, with_large_pages(workspace), stream);
   }
   void backward(const Plan& plan, const BackwardArgs& args, std::span<std::byte> workspace,
                 Stream stream) const override {
-    cpu::backward(plan, args, with_large_pages(workspace), with_executor(stream, own_));
+    cpu::backward(plan, args, with_large_pages(workspace), stream);
   }
-
- private:
-  static Stream with_executor(Stream stream, const Executor& fallback) {
-    if (stream.executor == nullptr) stream.executor = &fallback;
-    return stream;
-  }
-
-  const Executor own_ = default_executor();
 };
 
 }  // namespace
