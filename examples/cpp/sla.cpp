@@ -54,7 +54,7 @@ int main() try {
                         .block_q = 64,
                         .block_k = 64,
                         .combine = Combine::kProjection,
-                        .has_block_map = true,
+                        .block_map = sparline::BlockMap::kClass,
                         .feature_map = FeatureMap::kSoftmax,
                         .linear_scope = LinearScope::kMarginal};
   const Plan plan = sparline::plan(problem, {.num_threads = executor.num_threads});
@@ -100,7 +100,7 @@ int main() try {
           {.q = view(q),
            .k = view(k),
            .v = view(v),
-           .block_class = block_class,
+           .block_map = block_class,
            .weights = weights_view(proj_weight, proj_bias),
            .o = view(o),
            .lse = lse_view},
@@ -114,7 +114,7 @@ int main() try {
             .v = view(v),
             .o = view(o),
             .lse = lse_view,
-            .block_class = block_class,
+            .block_map = block_class,
             .weights = weights_view(proj_weight, proj_bias),
             .d_q = view(d_q),
             .d_k = view(d_k),

@@ -6,10 +6,18 @@
 
 namespace sparline {
 
-enum class DType : uint8_t { kF32, kBF16, kF16, kI8 };
+enum class DType : uint8_t { kF32, kBF16, kF16, kI32, kI8, kU8 };
 
 constexpr int64_t size_bytes(DType dtype) {
-  return dtype == DType::kF32 ? 4 : dtype == DType::kI8 ? 1 : 2;
+  switch (dtype) {
+    case DType::kF32:
+    case DType::kI32: return 4;
+    case DType::kBF16:
+    case DType::kF16: return 2;
+    case DType::kI8:
+    case DType::kU8: return 1;
+  }
+  return 0;
 }
 
 constexpr const char* name(DType dtype) {
@@ -17,7 +25,9 @@ constexpr const char* name(DType dtype) {
     case DType::kF32: return "float32";
     case DType::kBF16: return "bfloat16";
     case DType::kF16: return "float16";
+    case DType::kI32: return "int32";
     case DType::kI8: return "int8";
+    case DType::kU8: return "uint8";
   }
   return "unknown";
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The three calls: check, then hand over to the plan's backend.
+// The calls: check, then hand over to the plan's backend.
 #include "sparline/attention.h"
 
 #include "core/backend.h"
@@ -9,22 +9,41 @@
 namespace sparline {
 namespace {
 
+/// The stream with an executor: the caller's, or else `own`, which is then filled in.
+Stream with_executor(Stream stream, const Target& target, Executor& own) {
+  if (target.device != Device::kCPU || stream.executor != nullptr) return stream;
+  own = default_executor(target.num_threads);
+  stream.executor = &own;
+  return stream;
+}
+
+void require_backend(const char* call, const Plan& plan) {
+  if (plan.backend != nullptr) return;
+  throw Error(ErrorCode::kUnsupported,
+              std::string(call) + ": the plan must have a backend, got none: " + plan.reason +
+                  ". Move the tensors to a device that a compiled backend runs on.");
+}
+
 template <class Args>
 void run(const char* call, const Plan& plan, const Args& args, std::span<std::byte> workspace,
          Stream stream,
          void (Backend::*pass)(const Plan&, const Args&, std::span<std::byte>, Stream) const) {
-  if (plan.backend == nullptr) {
-    throw Error(ErrorCode::kUnsupported,
-                std::string(call) + ": the plan must have a backend, got none: " + plan.reason +
-                    ". Move the tensors to a device that a compiled backend runs on.");
-  }
+  require_backend(call, plan);
   validate(plan, args, workspace);
   Executor own;
-  if (plan.target.device == Device::kCPU && stream.executor == nullptr) {
-    own = default_executor(plan.target.num_threads);
-    stream.executor = &own;
-  }
-  (plan.backend->*pass)(plan, args, workspace, stream);
+  (plan.backend->*pass)(plan, args, workspace, with_executor(stream, plan.target, own));
+}
+
+/// A call that depends on no problem. The smallest one stands in for it, so that plan() stays the
+/// only place where a backend is picked.
+template <class Args>
+void run(const char* call, const Target& target, const Args& args, Stream stream,
+         void (Backend::*pass)(const Target&, const Args&, Stream) const) {
+  const Plan smallest = plan({.num_queries = 1, .num_keys = 1, .head_dim = 4}, target);
+  require_backend(call, smallest);
+  validate(args);
+  Executor own;
+  (smallest.backend->*pass)(target, args, with_executor(stream, target, own));
 }
 
 }  // namespace
@@ -41,6 +60,14 @@ void forward(const Plan& plan, const ForwardArgs& args, std::span<std::byte> wor
 void backward(const Plan& plan, const BackwardArgs& args, std::span<std::byte> workspace,
               Stream stream) {
   run("backward", plan, args, workspace, stream, &Backend::backward);
+}
+
+void soft_top_k(const Target& target, const SoftTopKArgs& args, Stream stream) {
+  run("soft_top_k", target, args, stream, &Backend::soft_top_k);
+}
+
+void soft_top_k_backward(const Target& target, const SoftTopKBackwardArgs& args, Stream stream) {
+  run("soft_top_k_backward", target, args, stream, &Backend::soft_top_k_backward);
 }
 
 const char* version() { return SPARLINE_VERSION; }

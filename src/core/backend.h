@@ -30,6 +30,10 @@ class Backend {
                        Stream stream) const = 0;
   virtual void backward(const Plan& plan, const BackwardArgs& args, std::span<std::byte> workspace,
                         Stream stream) const = 0;
+
+  virtual void soft_top_k(const Target& target, const SoftTopKArgs& args, Stream stream) const = 0;
+  virtual void soft_top_k_backward(const Target& target, const SoftTopKBackwardArgs& args,
+                                   Stream stream) const = 0;
 };
 
 const Backend& cpu_backend();

@@ -43,6 +43,8 @@ Problem normalised(Problem problem) {
   if (problem.softmax_scale == 0.0) {
     problem.softmax_scale = 1.0 / std::sqrt(static_cast<double>(problem.head_dim));
   }
+  if (problem.skip.rows == 0) problem.skip.rows = problem.block_q;
+  if (problem.low_bit.q_rows == 0) problem.low_bit.q_rows = problem.block_q;
   if (problem.query_segments.empty())
     problem.query_segments = {{.begin = 0, .end = problem.num_queries}};
   if (problem.key_segments.empty()) problem.key_segments = {{.begin = 0, .end = problem.num_keys}};
@@ -57,6 +59,7 @@ const char* name(Combine combine) {
     case Combine::kLinear: return "linear";
     case Combine::kSum: return "sum";
     case Combine::kProjection: return "projection";
+    case Combine::kBlend: return "blend";
   }
   return "unknown";
 }
@@ -78,6 +81,24 @@ const char* name(LinearScope scope) {
     case LinearScope::kMarginal: return "marginal";
     case LinearScope::kComplement: return "complement";
     case LinearScope::kAll: return "all";
+  }
+  return "unknown";
+}
+
+const char* name(BlockMap map) {
+  switch (map) {
+    case BlockMap::kNone: return "all critical";
+    case BlockMap::kClass: return "classes from a block map";
+    case BlockMap::kSoft: return "weights from a soft block map";
+  }
+  return "unknown";
+}
+
+const char* name(SkipReference reference) {
+  switch (reference) {
+    case SkipReference::kNone: return "none";
+    case SkipReference::kRunningMax: return "running_max";
+    case SkipReference::kKeptLse: return "kept_lse";
   }
   return "unknown";
 }
@@ -125,8 +146,18 @@ std::string explain(const Plan& plan) {
       << " kv heads, " << p.num_queries << " queries x " << p.num_keys << " keys, head_dim "
       << p.head_dim << ", " << name(p.dtype) << ", softmax_scale " << p.softmax_scale << "\n";
   out << "blocks: " << plan.query_blocks.size() << " x " << plan.key_blocks.size() << " of "
-      << p.block_q << " x " << p.block_k << " rows, "
-      << (p.has_block_map ? "classes from a block map" : "all critical") << "\n";
+      << p.block_q << " x " << p.block_k << " rows, " << name(p.block_map);
+  if (p.bit_rows > 0) out << ", a bit for every " << p.bit_rows << " query rows of a tile";
+  out << "\n";
+  if (p.skip.reference != SkipReference::kNone) {
+    out << "skip: tiles below " << name(p.skip.reference) << " + " << p.skip.log_threshold
+        << ", decided by " << p.skip.rows << " rows together\n";
+  }
+  if (p.low_bit.is_enabled) {
+    out << "low_bit: q k int8, a step for every " << p.low_bit.q_rows << " query rows; p v e4m3 of "
+        << p.low_bit.p_range << " and " << p.low_bit.v_range << "\n";
+  }
+  if (p.smooth_k) out << "keys: less the mean key of their sequence\n";
   out << "output: " << name(p.combine);
   if (has_linear_branch(p)) {
     out << ", feature map " << name(p.feature_map) << " (" << feature_dim(p) << " features), scope "

@@ -20,6 +20,10 @@ int64_t feature_dim(const Problem& problem) {
   return is_hedgehog ? 2 * problem.head_dim : problem.head_dim;
 }
 
+int64_t bit_groups(const Problem& problem, int rows) {
+  return rows == 0 ? 1 : (problem.block_q + rows - 1) / rows;
+}
+
 std::vector<Block> make_blocks(std::span<const Segment> segments, int64_t length, int block_rows) {
   const Segment whole{.begin = 0, .end = length};
   if (segments.empty()) segments = {&whole, 1};

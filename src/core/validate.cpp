@@ -228,18 +228,70 @@ void validate_arguments(const std::string& call, std::span<const Argument> args,
 Shape query_shape(const Problem& p) { return {p.batch, p.num_heads, p.num_queries, p.head_dim}; }
 Shape key_shape(const Problem& p) { return {p.batch, p.num_kv_heads, p.num_keys, p.head_dim}; }
 Shape lse_shape(const Problem& p) { return {1, p.batch, p.num_heads, p.num_queries}; }
+Shape bits_shape(const Plan& plan, int rows) {
+  return {plan.problem.batch, plan.problem.num_heads,
+          static_cast<int64_t>(plan.query_blocks.size()) * bit_groups(plan.problem, rows),
+          (static_cast<int64_t>(plan.key_blocks.size()) + 7) / 8};
+}
 Shape block_class_shape(const Plan& plan) {
   return {plan.problem.batch, plan.problem.num_heads,
           static_cast<int64_t>(plan.query_blocks.size()),
           static_cast<int64_t>(plan.key_blocks.size())};
 }
 
-void add_block_class(std::vector<Argument>& args, const std::string& call, const Plan& plan,
-                     const TensorView& block_class) {
-  if (plan.problem.has_block_map) {
-    args.push_back({"block_class", &block_class, DType::kI8, block_class_shape(plan)});
+void add_block_map(std::vector<Argument>& args, const std::string& call, const Plan& plan,
+                   const TensorView& block_map) {
+  if (plan.problem.block_map != BlockMap::kNone) {
+    const bool is_soft = plan.problem.block_map == BlockMap::kSoft;
+    args.push_back(
+        {"block_map", &block_map, is_soft ? DType::kF32 : DType::kI8, block_class_shape(plan)});
   } else {
-    validate_absent(call, "block_class", block_class, "when the problem has no block map");
+    validate_absent(call, "block_map", block_map, "when the problem has no block map");
+  }
+}
+
+void add_optional(std::vector<Argument>& args, const Argument& arg) {
+  if (*arg.view) args.push_back(arg);
+}
+
+/// Adds an argument that is there exactly where `is_used`.
+void add_where(std::vector<Argument>& args, const std::string& call, bool is_used,
+               const Argument& arg, const char* because) {
+  if (is_used) {
+    args.push_back(arg);
+  } else {
+    validate_absent(call, arg.name, *arg.view, because);
+  }
+}
+
+void add_orders(std::vector<Argument>& args, const Problem& p, const TensorView& query_order,
+                const TensorView& key_order) {
+  add_optional(args, {"query_order", &query_order, DType::kI32, {1, 1, 1, p.num_queries}});
+  add_optional(args, {"key_order", &key_order, DType::kI32, {1, 1, 1, p.num_keys}});
+}
+
+/// Each row of an order must name every index once: kernels read and write where it points. Device
+/// memory is taken on trust, it cannot be looked at from here.
+void validate_permutations(const std::string& call, const Plan& plan, const char* name,
+                           const TensorView& order) {
+  if (!order || plan.target.device != Device::kCPU) return;
+  const int64_t size = order.shape[3];
+  const int64_t rows = order.stride[2] == 0 ? 1 : order.shape[2];
+  std::vector<bool> is_seen(static_cast<size_t>(size));
+  for (int64_t n = 0; n < rows; ++n) {
+    is_seen.assign(is_seen.size(), false);
+    const int32_t* const row = order.row<const int32_t>(0, 0, n);
+    for (int64_t at = 0; at < size; ++at) {
+      const int64_t idx = row[at];
+      const bool is_inside = idx >= 0 && idx < size;
+      if (is_inside && !is_seen[static_cast<size_t>(idx)]) {
+        is_seen[static_cast<size_t>(idx)] = true;
+        continue;
+      }
+      require(false, call + ": " + name + " must be a permutation of 0 .. " + text(size - 1),
+              text(idx) + (is_inside ? " twice" : ""),
+              "Name every position once, as argsort does.");
+    }
   }
 }
 
@@ -250,9 +302,11 @@ struct WeightNames {
   const char* feature_bias_q = "feature_bias_q";
   const char* feature_weight_k = "feature_weight_k";
   const char* feature_bias_k = "feature_bias_k";
+  const char* alpha_logit = "alpha_logit";
 };
 constexpr WeightNames kGradientNames{"d_proj_weight",    "d_proj_bias",        "d_feature_weight_q",
-                                     "d_feature_bias_q", "d_feature_weight_k", "d_feature_bias_k"};
+                                     "d_feature_bias_q", "d_feature_weight_k", "d_feature_bias_k",
+                                     "d_alpha_logit"};
 
 /// `has_proj_bias`: the projection's bias is the only optional weight; its gradient is there
 /// exactly where it is.
@@ -261,11 +315,8 @@ void add_weights(std::vector<Argument>& args, const std::string& call, const Pro
                  const WeightNames& names) {
   const auto add = [&](bool is_used, const char* name, const TensorView& view, const Shape& shape,
                        const char* because) {
-    if (is_used) {
-      args.push_back({name, &view, DType::kF32, shape, is_output, /*is_packed=*/true});
-    } else {
-      validate_absent(call, name, view, because);
-    }
+    add_where(args, call, is_used, {name, &view, DType::kF32, shape, is_output, /*is_packed=*/true},
+              because);
   };
   const int64_t dim = p.head_dim;
   const bool has_proj = p.combine == Combine::kProjection;
@@ -281,6 +332,66 @@ void add_weights(std::vector<Argument>& args, const std::string& call, const Pro
   add(has_maps, names.feature_weight_k, weights.feature_weight_k, {1, p.num_kv_heads, dim, dim},
       no_maps);
   add(has_maps, names.feature_bias_k, weights.feature_bias_k, {1, 1, p.num_kv_heads, dim}, no_maps);
+  add(p.combine == Combine::kBlend, names.alpha_logit, weights.alpha_logit, lse_shape(p),
+      "unless combine is blend");
+}
+
+// Problems, feature by feature -------------------------------------------------------------------
+
+/// Rows of a query block that belong together must fill whole vectors, or the block.
+void validate_rows_together(const Problem& p, const char* rule, int rows) {
+  require(rows == 0 || rows == p.block_q || (rows > 0 && rows < p.block_q && rows % 16 == 0),
+          std::string(rule) + " must be 0, block_q = " + text(int64_t{p.block_q}) +
+              " or a smaller multiple of 16",
+          int64_t{rows}, "Pass 0 for the whole query block.");
+}
+
+void validate_soft_map(const Problem& p) {
+  if (p.block_map != BlockMap::kSoft) return;
+  require(!has_linear_branch(p) || p.linear_scope == LinearScope::kComplement,
+          "plan: linear_scope must be complement with a soft block map",
+          text(p.linear_scope == LinearScope::kAll ? "all" : "marginal"),
+          "The linear branch weighs by 1 - m.");
+  require(p.skip.reference == SkipReference::kNone,
+          "plan: a soft block map must come without a skip rule", text("both"),
+          "Train with the map, then skip with classes.");
+  require(!p.low_bit.is_enabled, "plan: a soft block map must come without low_bit", text("both"),
+          "Train with the map, then use low_bit with classes.");
+}
+
+void validate_skip(const Problem& p) {
+  if (p.skip.reference == SkipReference::kNone) return;
+  require(p.skip.log_threshold < 0.0, "plan: skip.log_threshold must be negative",  // or -inf
+          p.skip.log_threshold, "Pass -inf to skip nothing.");
+  validate_rows_together(p, "plan: skip.rows", p.skip.rows);
+  require(p.bit_rows == 0, "plan: bit_rows must be 0 with a skip rule", int64_t{p.bit_rows},
+          "Put what the bits say into the block map, or drop the rule.");
+}
+
+void validate_low_bit(const Problem& p) {
+  if (!p.low_bit.is_enabled) return;
+  validate_rows_together(p, "plan: low_bit.q_rows", p.low_bit.q_rows);
+  const auto require_range = [](const char* rule, double range) {
+    require(range > 0.0 && range <= 448.0, rule, range, "448 is the largest e4m3 value.");
+  };
+  require_range("plan: low_bit.p_range must be above 0 and at most 448", p.low_bit.p_range);
+  require_range("plan: low_bit.v_range must be above 0 and at most 448", p.low_bit.v_range);
+}
+
+void validate_temperature(const std::string& call, double temperature) {
+  require(std::isfinite(temperature) && temperature > 0.0,
+          call + ": temperature must be positive and finite", temperature,
+          "The published value is 0.1.");
+}
+
+/// The tensor that gives a SoftTop-k call its shape.
+void validate_scores(const std::string& call, const std::string& name, const TensorView& view) {
+  require(!view || std::ranges::all_of(view.shape, [](int64_t size) { return size >= 1; }),
+          call + ": " + name + " must have at least one row and one column", view.shape,
+          "Skip the call for an empty map.");
+  const Shape& shape = view.shape;
+  validate_size((call + ": " + name + " must have at most 2^40 elements").c_str(),
+                {shape[0], shape[1], shape[2], shape[3]});
 }
 
 }  // namespace
@@ -300,8 +411,9 @@ void validate(const Problem& p) {
   require(p.head_dim >= 4 && p.head_dim <= 256 && p.head_dim % 2 == 0,
           "plan: head_dim must be even and from 4 to 256", p.head_dim,
           "Use such a head size, or the reference in Python.");
-  require(p.dtype != DType::kI8, "plan: dtype must be float32, bfloat16 or float16",
-          text(name(p.dtype)), "Convert q, k and v.");
+  require(p.dtype == DType::kF32 || p.dtype == DType::kBF16 || p.dtype == DType::kF16,
+          "plan: dtype must be float32, bfloat16 or float16", text(name(p.dtype)),
+          "Convert q, k and v.");
   require(p.block_q >= 16 && p.block_q <= 128, "plan: block_q must be from 16 to 128",
           int64_t{p.block_q}, "The usual values are 64 and 128.");
   require(p.block_k >= 16 && p.block_k <= 128, "plan: block_k must be from 16 to 128",
@@ -312,11 +424,19 @@ void validate(const Problem& p) {
   require(std::isfinite(p.epsilon) && p.epsilon >= 0.0,
           "plan: epsilon must be finite and not negative", p.epsilon,
           "Pass 0, or 1e-5 for linear_scope all.");
+  require(p.bit_rows >= 0 && p.bit_rows <= p.block_q,
+          "plan: bit_rows must be from 0 to block_q = " + text(int64_t{p.block_q}),
+          int64_t{p.bit_rows}, "0 is no tile bits, 1 a bit for every query.");
+  validate_soft_map(p);
+  validate_skip(p);
+  validate_low_bit(p);
   const char* too_large = "plan: a tensor must have at most 2^40 elements";
   validate_size(too_large, {p.batch, p.num_heads, p.num_queries, p.head_dim});
   validate_size(too_large, {p.batch, p.num_kv_heads, p.num_keys, p.head_dim});
   validate_size(too_large,
                 {p.batch, p.num_heads, p.num_queries / p.block_q + 1, p.num_keys / p.block_k + 1});
+  validate_size(too_large,
+                {p.batch, p.num_heads, p.num_queries + p.block_q, p.num_keys / p.block_k / 8 + 1});
   validate_segments(p.query_segments, p.num_queries, "query");
   validate_segments(p.key_segments, p.num_keys, "key");
 }
@@ -330,15 +450,58 @@ void validate(const Plan& plan, const RouteArgs& args, std::span<const std::byte
   const auto require_ratio = [](const char* rule, double ratio) {
     require(ratio >= 0.0 && ratio <= 1.0, rule, ratio, "5 % is 0.05.");  // false for NaN
   };
-  require_ratio("route: critical_ratio must be from 0 to 1", args.rule.critical_ratio);
-  require_ratio("route: negligible_ratio must be from 0 to 1", args.rule.negligible_ratio);
+  const RouteRule& rule = args.rule;
+  require_ratio("route: critical_ratio must be from 0 to 1", rule.critical_ratio);
+  require(rule.critical_count >= 0, "route: critical_count must not be negative",
+          rule.critical_count, "0 takes critical_ratio.");
+  require_ratio("route: critical_mass must be from 0 to 1", rule.critical_mass);
+  require_ratio("route: negligible_ratio must be from 0 to 1", rule.negligible_ratio);
+  require(rule.min_similarity >= -1.0 && rule.min_similarity <= 1.0,
+          "route: min_similarity must be from -1 to 1", rule.min_similarity,
+          "Pass -1 to rank every block.");
   const Problem& p = plan.problem;
-  const std::array<Argument, 3> list{{
+  std::vector<Argument> list{
       {"q", &args.q, p.dtype, query_shape(p)},
       {"k", &args.k, p.dtype, key_shape(p)},
       {"block_class", &args.block_class, DType::kI8, block_class_shape(plan), /*is_output=*/true},
-  }};
+  };
+  const auto add_projection = [&](const char* name, const TensorView& view,
+                                  const TensorView& other) {
+    if (!view && !other) return;  // both, or neither
+    const Shape shape{1, view.shape[1] == 1 ? 1 : p.num_heads, p.head_dim, p.head_dim};
+    list.push_back({name, &view, DType::kF32, shape, /*is_output=*/false, /*is_packed=*/true});
+  };
+  add_projection("proj_q", args.proj_q, args.proj_k);
+  add_projection("proj_k", args.proj_k, args.proj_q);
+  add_orders(list, p, args.query_order, args.key_order);
   validate_arguments("route", list, workspace, plan.route_workspace_bytes);
+  validate_permutations("route", plan, "query_order", args.query_order);
+  validate_permutations("route", plan, "key_order", args.key_order);
+}
+
+void validate(const SoftTopKArgs& args) {
+  validate_temperature("soft_top_k", args.temperature);
+  validate_scores("soft_top_k", "scores", args.scores);
+  const Shape& shape = args.scores.shape;
+  const Shape rows{1, 1, 1, shape[0] * shape[1] * shape[2]};
+  require(args.kappa.shape == rows || !args.scores || !args.kappa,
+          "soft_top_k: kappa must have one element for each of the " + text(rows[3]) +
+              " rows of scores",
+          args.kappa.shape, "Expand it to the rows.");
+  const Argument list[] = {{"scores", &args.scores, DType::kF32, shape},
+                           {"kappa", &args.kappa, DType::kF32, rows},
+                           {"soft_map", &args.soft_map, DType::kF32, shape, /*is_output=*/true}};
+  validate_arguments("soft_top_k", list, {}, 0);
+}
+
+void validate(const SoftTopKBackwardArgs& args) {
+  validate_temperature("soft_top_k_backward", args.temperature);
+  validate_scores("soft_top_k_backward", "soft_map", args.soft_map);
+  const Shape& shape = args.soft_map.shape;
+  const Argument list[] = {{"d_soft_map", &args.d_soft_map, DType::kF32, shape},
+                           {"soft_map", &args.soft_map, DType::kF32, shape},
+                           {"d_scores", &args.d_scores, DType::kF32, shape, /*is_output=*/true}};
+  validate_arguments("soft_top_k_backward", list, {}, 0);
 }
 
 void validate(const Plan& plan, const ForwardArgs& args, std::span<const std::byte> workspace) {
@@ -350,10 +513,35 @@ void validate(const Plan& plan, const ForwardArgs& args, std::span<const std::by
       {"o", &args.o, p.dtype, query_shape(p), /*is_output=*/true},
       {"lse", &args.lse, DType::kF32, lse_shape(p), /*is_output=*/true},
   };
-  add_block_class(list, "forward", plan, args.block_class);
+  const bool has_skip = p.skip.reference != SkipReference::kNone;
+  const char* no_skip = "unless the problem has a skip rule";
+  add_block_map(list, "forward", plan, args.block_map);
+  add_where(list, "forward", p.bit_rows > 0,
+            {"tile_bits", &args.tile_bits, DType::kU8, bits_shape(plan, p.bit_rows)},
+            "when bit_rows is 0");
+  add_orders(list, p, args.query_order, args.key_order);
+  const Shape map = block_class_shape(plan);
+  add_where(list, "forward",
+            static_cast<bool>(args.tile_order) && (has_skip || p.low_bit.is_enabled),
+            {"tile_order", &args.tile_order, DType::kI32, {1, 1, map[2], map[3]}},
+            "unless the problem has a skip rule or low_bit, whose results depend on it");
+  add_where(list, "forward", has_skip,
+            {"kept_bits", &args.kept_bits, DType::kU8, bits_shape(plan, p.skip.rows),
+             /*is_output=*/true},
+            no_skip);
+  add_where(list, "forward", static_cast<bool>(args.row_votes) && has_skip,
+            {"row_votes",
+             &args.row_votes,
+             DType::kF32,
+             {1, p.batch, p.num_heads, map[2]},
+             /*is_output=*/true},
+            no_skip);
   add_weights(list, "forward", p, args.weights, static_cast<bool>(args.weights.proj_bias),
               /*is_output=*/false, {});
   validate_arguments("forward", list, workspace, plan.forward_workspace_bytes);
+  validate_permutations("forward", plan, "query_order", args.query_order);
+  validate_permutations("forward", plan, "key_order", args.key_order);
+  validate_permutations("forward", plan, "tile_order", args.tile_order);
 }
 
 void validate(const Plan& plan, const BackwardArgs& args, std::span<const std::byte> workspace) {
@@ -370,11 +558,23 @@ void validate(const Plan& plan, const BackwardArgs& args, std::span<const std::b
       {"d_v", &args.d_v, p.dtype, key_shape(p), /*is_output=*/true},
   };
   const bool has_proj_bias = static_cast<bool>(args.weights.proj_bias);
-  add_block_class(list, "backward", plan, args.block_class);
+  const bool has_skip = p.skip.reference != SkipReference::kNone;
+  add_block_map(list, "backward", plan, args.block_map);
+  add_where(list, "backward", has_skip || p.bit_rows > 0,
+            {"tile_bits", &args.tile_bits, DType::kU8,
+             bits_shape(plan, has_skip ? p.skip.rows : p.bit_rows)},
+            "when bit_rows is 0 and there is no skip rule");
+  add_orders(list, p, args.query_order, args.key_order);
+  add_where(list, "backward", p.block_map == BlockMap::kSoft,
+            {"d_block_map", &args.d_block_map, DType::kF32, block_class_shape(plan),
+             /*is_output=*/true},
+            "unless the block map is soft");
   add_weights(list, "backward", p, args.weights, has_proj_bias, /*is_output=*/false, {});
   add_weights(list, "backward", p, args.d_weights, has_proj_bias, /*is_output=*/true,
               kGradientNames);
   validate_arguments("backward", list, workspace, plan.backward_workspace_bytes);
+  validate_permutations("backward", plan, "query_order", args.query_order);
+  validate_permutations("backward", plan, "key_order", args.key_order);
 }
 
 }  // namespace sparline

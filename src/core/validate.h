@@ -14,5 +14,7 @@ void validate(const Target& target);
 void validate(const Plan& plan, const RouteArgs& args, std::span<const std::byte> workspace);
 void validate(const Plan& plan, const ForwardArgs& args, std::span<const std::byte> workspace);
 void validate(const Plan& plan, const BackwardArgs& args, std::span<const std::byte> workspace);
+void validate(const SoftTopKArgs& args);
+void validate(const SoftTopKBackwardArgs& args);
 
 }  // namespace sparline

@@ -63,6 +63,14 @@ class CpuBackend final : public Backend {
                 Stream stream) const override {
     cpu::backward(plan, args, with_large_pages(workspace), stream);
   }
+
+  void soft_top_k(const Target& target, const SoftTopKArgs& args, Stream stream) const override {
+    cpu::soft_top_k(target, args, stream);
+  }
+  void soft_top_k_backward(const Target& target, const SoftTopKBackwardArgs& args,
+                           Stream stream) const override {
+    cpu::soft_top_k_backward(target, args, stream);
+  }
 };
 
 }  // namespace

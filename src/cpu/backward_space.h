@@ -18,7 +18,7 @@ struct BackwardSpace : Dims {
     float* d_q;        // (N_q x ld)
     float* lse_log2;   // (T_m, ld_rows), +inf where a row has no critical key
     float* delta;      // (T_m, ld_rows)
-    float* mask;       // (T_m x ld_mask): E_i
+    float* mask;       // (T_m x ld_mask): weights of the members of E_i
     float* sums;       // per query block: (H_i, Z_i)
     float* d_states;   // (dH_i, dZ_i) of all query blocks
     float* d_feature;  // per chunk: gradients of the query feature map
@@ -26,6 +26,7 @@ struct BackwardSpace : Dims {
   struct Slot {        // one (batch, kv head) in flight
     float* k;          // (N_k x ld)
     float* v;          // (N_k x ld)
+    float* k_mean;     // (T_n x ld): block sums of k, later of d_k, then the means of sequences
     float* d_k;        // (N_k x ld)
     float* d_v;        // (N_k x ld)
     float* states;     // (h_j, z_j) of all key blocks
@@ -49,6 +50,8 @@ struct BackwardSpace : Dims {
     float* sum_t;        // (D x ld_phi): H^T
     float* inverse_den;  // (block_q)
     float* d_l;          // (block_q)
+    float* d_k;          // (block_k x ld), smoothed keys: the linear branch's own d_k
+    float* visible;      // (ld_rows): 1 for the rows that take part in a tile, 0 for others
   };
 
   const Plan& plan;
@@ -124,6 +127,7 @@ struct BackwardSpace : Dims {
     return {
         .k = arena.take<float>(num_keys * ld),
         .v = arena.take<float>(num_keys * ld),
+        .k_mean = arena.take<float>(plan.problem.smooth_k ? num_key_blocks * ld : 0),
         .d_k = arena.take<float>(num_keys * ld),
         .d_v = arena.take<float>(num_keys * ld),
         .states = arena.take<float>(linear * states_floats(num_key_blocks, num_features, head_dim)),
@@ -134,20 +138,23 @@ struct BackwardSpace : Dims {
   }
   Worker carve_worker(Arena& arena) const {
     const int64_t block_q = plan.problem.block_q, linear = is_linear ? 1 : 0;
-    return {.q_t = arena.take<float>(head_dim * ld_rows),
-            .d_o_t = arena.take<float>(head_dim * ld_rows),
-            .p_t = arena.take<float>(plan.problem.block_k * ld_rows),
-            .ds_t = arena.take<float>(plan.problem.block_k * ld_rows),
-            .o = arena.take<float>(block_q * ld),
-            .o_l = arena.take<float>(linear * block_q * ld),
-            .d_o_l = arena.take<float>(linear * block_q * ld),
-            .y = arena.take<float>(is_hedgehog ? max_rows * ld : 0),
-            .phi = arena.take<float>(linear * max_rows * ld_phi),
-            .a = arena.take<float>(linear * block_q * ld_phi),
-            .d_phi = arena.take<float>(linear * max_rows * ld_phi),
-            .sum_t = arena.take<float>(linear * head_dim * ld_phi),
-            .inverse_den = arena.take<float>(linear * block_q),
-            .d_l = arena.take<float>(linear * block_q)};
+    return {
+        .q_t = arena.take<float>(head_dim * ld_rows),
+        .d_o_t = arena.take<float>(head_dim * ld_rows),
+        .p_t = arena.take<float>(plan.problem.block_k * ld_rows),
+        .ds_t = arena.take<float>(plan.problem.block_k * ld_rows),
+        .o = arena.take<float>(block_q * ld),
+        .o_l = arena.take<float>(linear * block_q * ld),
+        .d_o_l = arena.take<float>(linear * block_q * ld),
+        .y = arena.take<float>(is_hedgehog ? max_rows * ld : 0),
+        .phi = arena.take<float>(linear * max_rows * ld_phi),
+        .a = arena.take<float>(linear * block_q * ld_phi),
+        .d_phi = arena.take<float>(linear * max_rows * ld_phi),
+        .sum_t = arena.take<float>(linear * head_dim * ld_phi),
+        .inverse_den = arena.take<float>(linear * block_q),
+        .d_l = arena.take<float>(linear * block_q),
+        .d_k = arena.take<float>(plan.problem.smooth_k ? linear * plan.problem.block_k * ld : 0),
+        .visible = arena.take<float>(has_row_mask ? ld_rows : 0)};
   }
 };
 

@@ -42,63 +42,79 @@ HWY_INLINE Operand columns_of(const float* data, int64_t ld) { return {data, 1, 
 
 enum class Into { kOverwrite, kAdd };
 
-template <int kRows, int kVectors, Into kInto>
-HWY_INLINE void gemm_tile(Operand a, const float* HWY_RESTRICT b, int64_t ldb,
-                          float* HWY_RESTRICT c, int64_t ldc, int64_t num_k) {
-  const FloatTag d;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  FloatVec acc[kRows][kVectors];
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) {
-      acc[r][v] = kInto == Into::kAdd ? hn::LoadU(d, c + r * ldc + v * lanes) : hn::Zero(d);
-    }
-  }
-  const float* HWY_RESTRICT a_k = a.data;
-  for (int64_t k = 0; k < num_k; ++k, a_k += a.col, b += ldb) {
-    FloatVec b_k[kVectors];
-    for (int v = 0; v < kVectors; ++v) b_k[v] = hn::LoadU(d, b + v * lanes);
-    for (int r = 0; r < kRows; ++r) {
-      const FloatVec a_rk = hn::Set(d, a_k[r * a.row]);
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = hn::MulAdd(a_rk, b_k[v], acc[r][v]);
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) hn::StoreU(acc[r][v], d, c + r * ldc + v * lanes);
-  }
-}
-
-/// All columns of `kRows` rows of C.
-template <int kRows, Into kInto>
-HWY_NOINLINE void gemm_rows(Operand a, const float* b, int64_t ldb, float* c, int64_t ldc,
-                            int64_t num_n, int64_t num_k) {
+/// All columns of `kRows` rows of C, from row m on.
+template <int kRows, class Tile>
+HWY_NOINLINE void run_rows(const Tile& tile, int64_t m, int64_t num_n) {
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(FloatTag()));
   int64_t n = 0;
-  for (; n + 2 * lanes <= num_n; n += 2 * lanes)
-    gemm_tile<kRows, 2, kInto>(a, b + n, ldb, c + n, ldc, num_k);
-  for (; n < num_n; n += lanes) gemm_tile<kRows, 1, kInto>(a, b + n, ldb, c + n, ldc, num_k);
+  for (; n + 2 * lanes <= num_n; n += 2 * lanes) tile.template run<kRows, 2>(m, n);
+  for (; n < num_n; n += lanes) tile.template run<kRows, 1>(m, n);
 }
 
-template <int kRows, Into kInto>
-HWY_INLINE void gemm_rows_exactly(int rows, Operand a, const float* b, int64_t ldb, float* c,
-                                  int64_t ldc, int64_t num_n, int64_t num_k) {
+template <int kRows, class Tile>
+HWY_INLINE void run_rows_exactly(int rows, const Tile& tile, int64_t m, int64_t num_n) {
   if constexpr (kRows > 0) {
-    if (rows == kRows) return gemm_rows<kRows, kInto>(a, b, ldb, c, ldc, num_n, num_k);
-    gemm_rows_exactly<kRows - 1, kInto>(rows, a, b, ldb, c, ldc, num_n, num_k);
+    if (rows == kRows) return run_rows<kRows>(tile, m, num_n);
+    run_rows_exactly<kRows - 1>(rows, tile, m, num_n);
   }
 }
 
-/// C (num_m x num_n) = or += A B. Rows are shared out evenly over the register tiles, so that none
-/// is left nearly empty.
+/// Covers C (num_m x num_n) with register tiles: tile.run<rows, vectors>(m, n) computes the one
+/// whose first element is (m, n), of at most Tile::kMaxRows rows. Rows are shared out evenly, so
+/// that no tile is left nearly empty.
+template <class Tile>
+HWY_INLINE void run_tiles(int64_t num_m, int64_t num_n, const Tile& tile) {
+  const int64_t num_tiles = (num_m + Tile::kMaxRows - 1) / Tile::kMaxRows;
+  for (int64_t idx = 0; idx < num_tiles; ++idx) {
+    const int64_t begin = num_m * idx / num_tiles;
+    const int rows = static_cast<int>(num_m * (idx + 1) / num_tiles - begin);
+    run_rows_exactly<Tile::kMaxRows>(rows, tile, begin, num_n);
+  }
+}
+
+template <Into kInto>
+struct FloatTile {
+  static constexpr int kMaxRows = kTileRows;
+
+  template <int kRows, int kVectors>
+  HWY_INLINE void run(int64_t m, int64_t n) const {
+    const FloatTag d;
+    const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+    float* HWY_RESTRICT out = c + m * ldc + n;
+    FloatVec acc[kRows][kVectors];
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVectors; ++v) {
+        acc[r][v] = kInto == Into::kAdd ? hn::LoadU(d, out + r * ldc + v * lanes) : hn::Zero(d);
+      }
+    }
+    const float* HWY_RESTRICT a_k = a.data + m * a.row;
+    const float* HWY_RESTRICT b_k = b + n;
+    for (int64_t k = 0; k < num_k; ++k, a_k += a.col, b_k += ldb) {
+      FloatVec b_kn[kVectors];
+      for (int v = 0; v < kVectors; ++v) b_kn[v] = hn::LoadU(d, b_k + v * lanes);
+      for (int r = 0; r < kRows; ++r) {
+        const FloatVec a_rk = hn::Set(d, a_k[r * a.row]);
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = hn::MulAdd(a_rk, b_kn[v], acc[r][v]);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVectors; ++v) hn::StoreU(acc[r][v], d, out + r * ldc + v * lanes);
+    }
+  }
+
+  int64_t num_k;
+  Operand a;
+  const float* b;
+  int64_t ldb;
+  float* c;
+  int64_t ldc;
+};
+
+/// C (num_m x num_n) = or += A B.
 template <Into kInto>
 HWY_INLINE void gemm(int64_t num_m, int64_t num_n, int64_t num_k, Operand a, const float* b,
                      int64_t ldb, float* c, int64_t ldc) {
-  const int64_t num_tiles = (num_m + kTileRows - 1) / kTileRows;
-  for (int64_t tile = 0; tile < num_tiles; ++tile) {
-    const int64_t begin = num_m * tile / num_tiles;
-    const int rows = static_cast<int>(num_m * (tile + 1) / num_tiles - begin);
-    gemm_rows_exactly<kTileRows, kInto>(rows, {a.data + begin * a.row, a.row, a.col}, b, ldb,
-                                        c + begin * ldc, ldc, num_n, num_k);
-  }
+  run_tiles(num_m, num_n, FloatTile<kInto>{num_k, a, b, ldb, c, ldc});
 }
 
 }  // namespace sparline::cpu::HWY_NAMESPACE

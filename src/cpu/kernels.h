@@ -18,6 +18,9 @@ void route(const Plan& plan, const RouteArgs& args, std::byte* workspace, const 
 void forward(const Plan& plan, const ForwardArgs& args, std::byte* workspace, const Stream& stream);
 void backward(const Plan& plan, const BackwardArgs& args, std::byte* workspace,
               const Stream& stream);
+void soft_top_k(const Target& target, const SoftTopKArgs& args, const Stream& stream);
+void soft_top_k_backward(const Target& target, const SoftTopKBackwardArgs& args,
+                         const Stream& stream);
 
 /// "AVX2", "AVX3", "NEON", ...
 std::string simd_target();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdint>
 
@@ -41,19 +42,112 @@ constexpr BlockRange share(int64_t count, int64_t part, int64_t num_parts) {
   return {count * part / num_parts, count * (part + 1) / num_parts};
 }
 
-/// The class of a block pair: the caller's map, overridden by protected spans.
-class BlockClasses {
+/// Where rows of an axis lie in memory: position n at row order[n], or at row n without an order.
+class RowOrder {
  public:
-  BlockClasses(const Plan& plan, const TensorView& block_class) : plan_(plan), map_(block_class) {}
-
-  int operator()(int64_t b, int64_t h, int64_t i, int64_t j) const {
-    if (!map_ || plan_.query_blocks[i].is_protected || plan_.key_blocks[j].is_protected) return 1;
-    return map_.row<const int8_t>(b, h, i)[j * map_.stride[3]];
+  RowOrder() = default;
+  explicit RowOrder(const TensorView& order) : order_(static_cast<const int32_t*>(order.data)) {}
+  int64_t operator[](int64_t position) const {
+    return order_ == nullptr ? position : order_[position];
   }
 
  private:
+  const int32_t* order_ = nullptr;
+};
+
+/// The rows of a query block that take part in a tile, as runs of whole vectors: a row outside is
+/// not even computed.
+struct RowRuns {
+  static constexpr int64_t kMaxRuns = 128 / kPadFloats / 2;
+  std::array<BlockRange, kMaxRuns> run{};
+  int count = 0;
+  bool is_partial = false;  // some row inside the runs takes no part: a list of 0 and 1 says which
+
+  const BlockRange* begin() const { return run.data(); }
+  const BlockRange* end() const { return run.data() + count; }
+};
+
+inline RowRuns all_rows(int64_t num_rows) { return {.run = {{{0, num_rows}}}, .count = 1}; }
+
+/// The runs that cover the rows whose entry in `visible` is 1 (others: 0).
+inline RowRuns runs_of(const float* visible, int64_t num_rows) {
+  RowRuns runs;
+  for (int64_t begin = 0; begin < num_rows; begin += kPadFloats) {
+    const int64_t end = std::min(begin + kPadFloats, num_rows);
+    const int64_t num_visible = std::count(visible + begin, visible + end, 1.0f);
+    if (num_visible == 0) continue;
+    if (num_visible < end - begin) runs.is_partial = true;
+    if (runs.count > 0 && runs.run[runs.count - 1].end == begin) {
+      runs.run[runs.count - 1].end = end;
+    } else {
+      runs.run[runs.count++] = {begin, end};
+    }
+  }
+  return runs;
+}
+
+/// What the caller's block map and tile bits say of a block pair, overridden by protected spans.
+class BlockPairs {
+ public:
+  /// `bit_rows`: rows of a query block that share one of the bits; unused without bits.
+  BlockPairs(const Plan& plan, const TensorView& block_map, const TensorView& tile_bits,
+             int bit_rows)
+      : plan_(plan), map_(block_map), bits_(tile_bits), bit_rows_(bit_rows) {
+    if (bits_) bit_groups_ = bit_groups(plan.problem, bit_rows);
+  }
+
+  bool is_protected(int64_t i, int64_t j) const {
+    return plan_.query_blocks[i].is_protected || plan_.key_blocks[j].is_protected;
+  }
+
+  /// What exp(S) is multiplied by: m of a soft map, else 1 for a critical block and 0 for others.
+  float sparse_weight(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    if (!map_ || is_protected(i, j)) return 1.0f;
+    if (is_soft()) return soft(b, h, i, j);
+    return block_class(b, h, i, j) == 1 ? 1.0f : 0.0f;
+  }
+
+  /// What phi(q) phi(k) is multiplied by: 1 - m, or 1 for the members of E_i. Protected queries
+  /// have no linear branch.
+  float linear_weight(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    const LinearScope scope = plan_.problem.linear_scope;
+    if (plan_.query_blocks[i].is_protected) return 0.0f;
+    if (scope == LinearScope::kAll) return 1.0f;
+    if (!map_ || is_protected(i, j)) return 0.0f;
+    if (is_soft()) return 1.0f - soft(b, h, i, j);
+    const int value = block_class(b, h, i, j);
+    return (scope == LinearScope::kMarginal ? value == 0 : value != 1) ? 1.0f : 0.0f;
+  }
+
+  /// The rows of query block i that see key block j. If some of them do not, `visible` (block_q
+  /// floats, padded) tells them apart.
+  RowRuns rows(int64_t b, int64_t h, int64_t i, int64_t j, float* visible) const {
+    const int64_t num_rows = plan_.query_blocks[i].rows;
+    if (!bits_ || is_protected(i, j)) return all_rows(num_rows);
+    std::fill_n(visible, pad(num_rows), 0.0f);
+    for (int64_t g = 0; g * bit_rows_ < num_rows; ++g) {
+      const uint8_t byte =
+          bits_.row<const uint8_t>(b, h, i * bit_groups_ + g)[j / 8 * bits_.stride[3]];
+      if ((byte >> (j % 8) & 1) == 0) continue;
+      std::fill(visible + g * bit_rows_, visible + std::min((g + 1) * bit_rows_, num_rows), 1.0f);
+    }
+    return runs_of(visible, num_rows);
+  }
+
+ private:
+  bool is_soft() const { return map_.dtype == DType::kF32; }
+  float soft(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    return map_.row<const float>(b, h, i)[j * map_.stride[3]];
+  }
+  int block_class(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    return map_.row<const int8_t>(b, h, i)[j * map_.stride[3]];
+  }
+
   const Plan& plan_;
   const TensorView& map_;
+  const TensorView& bits_;
+  const int64_t bit_rows_;
+  int64_t bit_groups_ = 0;
 };
 
 /// Floats of the block states (h_j, z_j) of `num_blocks` blocks, feature by feature: h as (F,
@@ -91,12 +185,14 @@ struct Dims {
         ld_sum(sum_floats(num_features, head_dim)),
         is_linear(has_linear_branch(plan.problem)),
         has_projection(plan.problem.combine == Combine::kProjection),
+        has_skip(plan.problem.skip.reference != SkipReference::kNone),
+        has_row_mask(has_skip || plan.problem.bit_rows > 0),
         is_hedgehog(has_feature_weights(plan.problem)) {}
 
   int64_t head_dim, num_features, num_query_blocks, num_key_blocks;
   int64_t num_heads, num_kv_heads, group, max_rows;
   int64_t ld, ld_rows, ld_phi, ld_mask, ld_sum;
-  bool is_linear, has_projection, is_hedgehog;
+  bool is_linear, has_projection, has_skip, has_row_mask, is_hedgehog;
 };
 
 /// One head's hedgehog map y = x W^T + b as tiles.
@@ -132,9 +228,9 @@ struct FeatureWeightTiles {
 };
 
 /// Runs body(task, worker) for every task; worker numbers index scratch memory and stay below the
-/// plan's num_threads.
+/// target's num_threads.
 template <class Body>
-void run_tasks(const Plan& plan, const Stream& stream, int64_t num_tasks, const Body& body) {
+void run_tasks(const Target& target, const Stream& stream, int64_t num_tasks, const Body& body) {
   struct Shared {
     const Body* body;
     int64_t num_tasks;
@@ -142,7 +238,7 @@ void run_tasks(const Plan& plan, const Stream& stream, int64_t num_tasks, const 
   } shared{&body, num_tasks};
   const Executor& executor = *stream.executor;
   const int64_t num_workers =
-      std::min<int64_t>({plan.target.num_threads, executor.num_threads, num_tasks});
+      std::min<int64_t>({target.num_threads, executor.num_threads, num_tasks});
   if (num_workers <= 1) {
     for (int64_t task = 0; task < num_tasks; ++task) body(task, int64_t{0});
     return;
@@ -153,6 +249,11 @@ void run_tasks(const Plan& plan, const Stream& stream, int64_t num_tasks, const 
       (*all.body)(task, worker);
   };
   executor.parallel_for(static_cast<int>(num_workers), num_workers, work, &shared);
+}
+
+template <class Body>
+void run_tasks(const Plan& plan, const Stream& stream, int64_t num_tasks, const Body& body) {
+  run_tasks(plan.target, stream, num_tasks, body);
 }
 
 }  // namespace sparline::cpu

@@ -64,22 +64,15 @@ HWY_INLINE void block_state(int64_t num_features, int64_t head_dim, const float*
   }
 }
 
-/// mask (T_m x ld_mask): 1 where key block j belongs to E_i, else 0. Protected queries have no
-/// linear branch.
-inline void fill_linear_mask(const Plan& plan, const BlockClasses& classes, int64_t b, int64_t h,
+/// mask (T_m x ld_mask): the weight of key block j in H_i and Z_i: 1 for members of E_i, 1 - m
+/// under a soft map, else 0.
+inline void fill_linear_mask(const Plan& plan, const BlockPairs& pairs, int64_t b, int64_t h,
                              float* mask, int64_t ld_mask) {
-  const LinearScope scope = plan.problem.linear_scope;
   for (size_t i = 0; i < plan.query_blocks.size(); ++i, mask += ld_mask) {
     std::fill_n(mask, ld_mask, 0.0f);
-    const Block& block = plan.query_blocks[i];
-    if (block.is_protected) continue;
-    const BlockRange keys = blocks_of_sequence(plan.key_blocks, block.sequence);
+    const BlockRange keys = blocks_of_sequence(plan.key_blocks, plan.query_blocks[i].sequence);
     for (int64_t j = keys.begin; j < keys.end; ++j) {
-      const int block_class = classes(b, h, static_cast<int64_t>(i), j);
-      const bool is_member =
-          scope == LinearScope::kAll ||
-          (scope == LinearScope::kMarginal ? block_class == 0 : block_class != 1);
-      mask[j] = is_member ? 1.0f : 0.0f;
+      mask[j] = pairs.linear_weight(b, h, static_cast<int64_t>(i), j);
     }
   }
 }
@@ -100,9 +93,13 @@ void sum_states(Operand mask, int64_t num_sums, int64_t num_states, const float*
 }
 
 /// o_l = phi(q) H / (phi(q) . Z + epsilon) and 1 / den per row; both 0 where den is not a positive
-/// finite number (the empty rule).
-HWY_INLINE void linear_output(const Problem& problem, int64_t num_features, const float* phi_q,
-                              const float* sum, int64_t num_rows, float* o_l, float* inverse_den) {
+/// finite number, or where the row of the mask is all 0 (the empty rule).
+HWY_INLINE void linear_output(const Problem& problem, const Dims& dims, const float* mask,
+                              const float* phi_q, const float* sum, int64_t num_rows, float* o_l,
+                              float* inverse_den) {
+  const int64_t num_features = dims.num_features;
+  const bool has_members =
+      std::any_of(mask, mask + dims.num_key_blocks, [](float weight) { return weight != 0.0f; });
   const int64_t head_dim = problem.head_dim, ld = leading_dim(head_dim);
   const int64_t ld_phi = leading_dim(num_features);
   const float* z = sum + num_features * ld;
@@ -111,7 +108,8 @@ HWY_INLINE void linear_output(const Problem& problem, int64_t num_features, cons
   for (int64_t r = 0; r < num_rows; ++r) {
     const float den =
         dot(num_features, phi_q + r * ld_phi, z) + static_cast<float>(problem.epsilon);
-    const bool is_usable = den > 0.0f && std::isfinite(den) && std::isfinite(1.0f / den);
+    const bool is_usable =
+        has_members && den > 0.0f && std::isfinite(den) && std::isfinite(1.0f / den);
     inverse_den[r] = is_usable ? 1.0f / den : 0.0f;
     if (is_usable) {
       scale_row(head_dim, inverse_den[r], o_l + r * ld);
@@ -119,6 +117,25 @@ HWY_INLINE void linear_output(const Problem& problem, int64_t num_features, cons
       std::fill_n(o_l + r * ld, pad(head_dim), 0.0f);
     }
   }
+}
+
+/// <h, h'> + z . z' of two states.
+HWY_INLINE float state_dot(int64_t num_features, int64_t head_dim, StateView x, StateView y) {
+  float sum = dot(num_features, x.z, y.z);
+  for (int64_t f = 0; f < num_features; ++f) {
+    sum += dot(head_dim, x.h + f * x.h_row, y.h + f * y.h_row);
+  }
+  return sum;
+}
+
+/// The two shares of a blended row, a = sigmoid(logit) and 1 - a, each to full precision.
+struct Shares {
+  float sparse = 1.0f;
+  float linear = 0.0f;
+};
+HWY_INLINE Shares blend_shares(float logit, float inverse_den) {
+  if (inverse_den == 0.0f) return {};  // the linear branch is empty
+  return {1.0f / (1.0f + std::exp(-logit)), 1.0f / (1.0f + std::exp(logit))};
 }
 
 }  // namespace sparline::cpu::HWY_NAMESPACE

@@ -75,25 +75,28 @@ HWY_INLINE uint16_t float_to_f16(float value) {
   return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
 }
 
-/// Copies `num_rows` rows of one (b, h) of a tensor into a tile, times `factor`.
+/// Copies `num_rows` rows of one (b, h) of a tensor, from position `begin` on, into a tile, times
+/// `factor`.
 HWY_INLINE void load_rows(const TensorView& x, int64_t b, int64_t h, int64_t begin,
-                          int64_t num_rows, float factor, float* HWY_RESTRICT tile, int64_t ld) {
+                          int64_t num_rows, float factor, float* HWY_RESTRICT tile, int64_t ld,
+                          RowOrder order = {}) {
   const FloatTag d;
   const int64_t num = x.shape[3];
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   for (int64_t r = 0; r < num_rows; ++r, tile += ld) {
+    const int64_t n = order[begin + r];
     int64_t c = 0;
     if (x.dtype == DType::kF32) {
-      const float* HWY_RESTRICT row = x.row<const float>(b, h, begin + r);
+      const float* HWY_RESTRICT row = x.row<const float>(b, h, n);
       for (; c + lanes <= num; c += lanes)
         hn::StoreU(hn::Mul(hn::LoadU(d, row + c), hn::Set(d, factor)), d, tile + c);
       for (; c < num; ++c) tile[c] = row[c] * factor;
     } else if (x.dtype == DType::kBF16) {
-      const uint16_t* HWY_RESTRICT row = x.row<const uint16_t>(b, h, begin + r);
+      const uint16_t* HWY_RESTRICT row = x.row<const uint16_t>(b, h, n);
       for (; c < num; ++c) tile[c] = bf16_to_float(row[c]) * factor;
     } else {
       const hn::Rebind<hwy::float16_t, FloatTag> half;
-      const hwy::float16_t* HWY_RESTRICT row = x.row<const hwy::float16_t>(b, h, begin + r);
+      const hwy::float16_t* HWY_RESTRICT row = x.row<const hwy::float16_t>(b, h, n);
       for (; c + lanes <= num; c += lanes) {
         hn::StoreU(hn::Mul(hn::PromoteTo(d, hn::LoadU(half, row + c)), hn::Set(d, factor)), d,
                    tile + c);
@@ -112,24 +115,26 @@ HWY_INLINE void load_rows(const TensorView& x, int64_t b, int64_t h, int64_t beg
 
 /// Writes tile rows back in the tensor's dtype, rounding to nearest even.
 HWY_INLINE void store_rows(const float* HWY_RESTRICT tile, int64_t ld, const TensorView& x,
-                           int64_t b, int64_t h, int64_t begin, int64_t num_rows) {
+                           int64_t b, int64_t h, int64_t begin, int64_t num_rows,
+                           RowOrder order = {}) {
   const int64_t num = x.shape[3];
   for (int64_t r = 0; r < num_rows; ++r, tile += ld) {
+    const int64_t n = order[begin + r];
     if (x.dtype == DType::kF32) {
-      std::memcpy(x.row<float>(b, h, begin + r), tile, static_cast<size_t>(num) * sizeof(float));
+      std::memcpy(x.row<float>(b, h, n), tile, static_cast<size_t>(num) * sizeof(float));
     } else if (x.dtype == DType::kBF16) {
-      uint16_t* HWY_RESTRICT row = x.row<uint16_t>(b, h, begin + r);
+      uint16_t* HWY_RESTRICT row = x.row<uint16_t>(b, h, n);
       for (int64_t c = 0; c < num; ++c) row[c] = float_to_bf16(tile[c]);
     } else {
 #if HWY_TARGET == HWY_SSE4 || HWY_TARGET == HWY_SCALAR
       // No instruction for it there, and Highway 1.0's replacement truncates.
-      uint16_t* HWY_RESTRICT row = x.row<uint16_t>(b, h, begin + r);
+      uint16_t* HWY_RESTRICT row = x.row<uint16_t>(b, h, n);
       for (int64_t c = 0; c < num; ++c) row[c] = float_to_f16(tile[c]);
 #else
       const FloatTag d;
       const hn::Rebind<hwy::float16_t, FloatTag> half;
       const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-      hwy::float16_t* HWY_RESTRICT row = x.row<hwy::float16_t>(b, h, begin + r);
+      hwy::float16_t* HWY_RESTRICT row = x.row<hwy::float16_t>(b, h, n);
       int64_t c = 0;
       for (; c + lanes <= num; c += lanes)
         hn::StoreU(hn::DemoteTo(half, hn::LoadU(d, tile + c)), half, row + c);
@@ -198,6 +203,14 @@ HWY_INLINE void scale_row(int64_t num, float factor, float* HWY_RESTRICT x) {
   const FloatTag d;
   for_each_vector(num, [&](int64_t at) HWY_ATTR {
     hn::StoreU(hn::Mul(hn::Set(d, factor), hn::LoadU(d, x + at)), d, x + at);
+  });
+}
+
+/// y *= x, element by element.
+HWY_INLINE void multiply_row(int64_t num, const float* HWY_RESTRICT x, float* HWY_RESTRICT y) {
+  const FloatTag d;
+  for_each_vector(num, [&](int64_t at) HWY_ATTR {
+    hn::StoreU(hn::Mul(hn::LoadU(d, x + at), hn::LoadU(d, y + at)), d, y + at);
   });
 }
 

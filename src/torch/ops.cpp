@@ -43,8 +43,14 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-Plan plan_for(Spec spec, const Tensor& q, const Tensor& k, bool has_block_map,
-              const Ints& query_segments, const Ints& key_segments) {
+Target target_of(const Tensor& tensor, const std::string& backend = {}) {
+  return {.device = tensor.is_cuda() ? Device::kCUDA : Device::kCPU,
+          .num_threads = static_cast<int>(torch::stable::get_num_threads()),
+          .backend = backend};
+}
+
+Plan plan_for(Spec spec, const Tensor& q, const Tensor& k, const Ints& query_segments,
+              const Ints& key_segments) {
   if (q.dim() != 4 || k.dim() != 4) {
     throw Error(ErrorCode::kInvalidArgument,
                 "q and k must have 4 dimensions (batch, heads, length, head_dim), got " +
@@ -59,12 +65,17 @@ Plan plan_for(Spec spec, const Tensor& q, const Tensor& k, bool has_block_map,
   problem.num_keys = k.size(2);
   problem.head_dim = q.size(3);
   problem.dtype = dtype_of(q, "q");
-  problem.has_block_map = has_block_map;
   problem.query_segments = segments_of(query_segments, "query_segments");
   problem.key_segments = segments_of(key_segments, "key_segments");
-  return sparline::plan(problem, {.device = q.is_cuda() ? Device::kCUDA : Device::kCPU,
-                                  .num_threads = static_cast<int>(torch::stable::get_num_threads()),
-                                  .backend = spec.backend});
+  Target target = target_of(q, spec.backend);
+  target.device = spec.device.value_or(target.device);
+  return sparline::plan(problem, target);
+}
+
+/// What the map that came with a call holds. `spec` says so only where there is no map to look at.
+BlockMap kind_of(const std::optional<Tensor>& block_map) {
+  if (!block_map) return BlockMap::kNone;
+  return block_map->scalar_type() == ScalarType::Float ? BlockMap::kSoft : BlockMap::kClass;
 }
 
 // Memory and threads -----------------------------------------------------------------------------
@@ -81,10 +92,18 @@ Tensor with_unit_stride(const Tensor& tensor) {
   return last >= 0 && tensor.stride(last) != 1 ? torch::stable::contiguous(tensor) : tensor;
 }
 
+Tensor empty(const Ints& shape, ScalarType dtype, const Tensor& beside) {
+  return torch::stable::empty(shape, dtype, std::nullopt, beside.device());
+}
+
+int64_t num_query_blocks(const Plan& plan) {
+  return static_cast<int64_t>(plan.query_blocks.size());
+}
+int64_t num_key_blocks(const Plan& plan) { return static_cast<int64_t>(plan.key_blocks.size()); }
+
 /// Scratch from torch's allocator, aligned to 64 bytes.
 struct Workspace {
-  Workspace(const Tensor& q, int64_t bytes)
-      : tensor(torch::stable::empty({bytes + 63}, ScalarType::Byte, std::nullopt, q.device())) {
+  Workspace(const Tensor& q, int64_t bytes) : tensor(empty({bytes + 63}, ScalarType::Byte, q)) {
     auto* const start = static_cast<std::byte*>(tensor.data_ptr());
     const uintptr_t past = reinterpret_cast<uintptr_t>(start) % 64;
     span = {start + (64 - past) % 64, static_cast<size_t>(bytes)};
@@ -113,6 +132,14 @@ void run(void (*call)(const Plan&, const Args&, std::span<std::byte>, Stream), c
   call(plan, args, workspace.span, {.executor = &executor});
 }
 
+template <class Args>
+void run_without_plan(void (*call)(const Target&, const Args&, Stream), const Args& args,
+                      const Tensor& tensor) {
+  const Target target = target_of(tensor);
+  const Executor executor{.num_threads = target.num_threads, .parallel_for = torch_parallel_for};
+  call(target, args, {.executor = &executor});
+}
+
 /// Refuses tensors that no backend runs before anything is allocated for them.
 void require_backend(const char* call, const Plan& plan) {
   if (plan.backend != nullptr) return;
@@ -123,80 +150,159 @@ void require_backend(const char* call, const Plan& plan) {
 
 // The operators ----------------------------------------------------------------------------------
 
-Tensor route(const Tensor& q, const Tensor& k, const Ints& query_segments, const Ints& key_segments,
-             const Spec& spec) {
-  const Plan plan = plan_for(spec, q, k, /*has_block_map=*/false, query_segments, key_segments);
+Tensor route(const Tensor& q, const Tensor& k, const std::optional<Tensor>& proj_q,
+             const std::optional<Tensor>& proj_k, const std::optional<Tensor>& query_order,
+             const std::optional<Tensor>& key_order, const Ints& query_segments,
+             const Ints& key_segments, const Spec& spec) {
+  const Plan plan = plan_for(spec, q, k, query_segments, key_segments);
   require_backend("route", plan);
-  const Ints shape{q.size(0), q.size(1), static_cast<int64_t>(plan.query_blocks.size()),
-                   static_cast<int64_t>(plan.key_blocks.size())};
-  Tensor block_class = torch::stable::empty(shape, ScalarType::Char, std::nullopt, q.device());
+  Tensor block_class = empty({q.size(0), q.size(1), num_query_blocks(plan), num_key_blocks(plan)},
+                             ScalarType::Char, q);
   run<RouteArgs>(sparline::route, plan,
                  {.q = view_of(q, "q"),
                   .k = view_of(k, "k"),
                   .rule = spec.rule,
+                  .proj_q = view_of(proj_q, "proj_q"),
+                  .proj_k = view_of(proj_k, "proj_k"),
+                  .query_order = view_of(query_order, "query_order"),
+                  .key_order = view_of(key_order, "key_order"),
                   .block_class = view_of(block_class, "block_class")},
                  q, plan.route_workspace_bytes);
   return block_class;
 }
 
-std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor& v,
-                                  const std::optional<Tensor>& block_class,
-                                  const std::vector<Tensor>& weights, const Ints& query_segments,
-                                  const Ints& key_segments, const Spec& spec) {
-  const Plan plan = plan_for(spec, q, k, block_class.has_value(), query_segments, key_segments);
+std::tuple<Tensor, Tensor, Tensor, Tensor> attend(
+    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& block_map,
+    const std::optional<Tensor>& tile_bits, const std::optional<Tensor>& query_order,
+    const std::optional<Tensor>& key_order, const std::optional<Tensor>& tile_order,
+    const std::vector<Tensor>& weights, const Ints& query_segments, const Ints& key_segments,
+    Spec spec) {
+  spec.problem.block_map = kind_of(block_map);
+  const Plan plan = plan_for(spec, q, k, query_segments, key_segments);
   require_backend("attend", plan);
   Tensor o = like(q);
-  Tensor lse = torch::stable::empty(Ints{q.size(0), q.size(1), q.size(2)}, ScalarType::Float,
-                                    std::nullopt, q.device());
-  run<ForwardArgs>(
-      sparline::forward, plan,
-      {.q = view_of(q, "q"),
-       .k = view_of(k, "k"),
-       .v = view_of(v, "v"),
-       .block_class = block_class ? view_of(*block_class, "block_class") : TensorView{},
-       .weights = weights_of(weights),
-       .o = view_of(o, "o"),
-       .lse = view_of(lse, "lse")},
-      q, plan.forward_workspace_bytes);
-  return {o, lse};
+  Tensor lse = empty({q.size(0), q.size(1), q.size(2)}, ScalarType::Float, q);
+  const SkipRule& skip = plan.problem.skip;
+  const bool skips = skip.reference != SkipReference::kNone;
+  const int64_t bit_rows = num_query_blocks(plan) * bit_groups(plan.problem, skip.rows);
+  const Ints absent{0};
+  Tensor kept_bits =
+      empty(skips ? Ints{q.size(0), q.size(1), bit_rows, (num_key_blocks(plan) + 7) / 8} : absent,
+            ScalarType::Byte, q);
+  Tensor row_votes = empty(skips ? Ints{q.size(0), q.size(1), num_query_blocks(plan)} : absent,
+                           ScalarType::Float, q);
+  run<ForwardArgs>(sparline::forward, plan,
+                   {.q = view_of(q, "q"),
+                    .k = view_of(k, "k"),
+                    .v = view_of(v, "v"),
+                    .block_map = view_of(block_map, "block_map"),
+                    .tile_bits = view_of(tile_bits, "tile_bits"),
+                    .query_order = view_of(query_order, "query_order"),
+                    .key_order = view_of(key_order, "key_order"),
+                    .tile_order = view_of(tile_order, "tile_order"),
+                    .weights = weights_of(weights),
+                    .o = view_of(o, "o"),
+                    .lse = view_of(lse, "lse"),
+                    .kept_bits = skips ? view_of(kept_bits, "kept_bits") : TensorView{},
+                    .row_votes = skips ? view_of(row_votes, "row_votes") : TensorView{}},
+                   q, plan.forward_workspace_bytes);
+  return {o, lse, kept_bits, row_votes};
 }
 
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> attend_backward(
+/// What the backward of a problem differentiates: skipped tiles have become bits, and rounding to
+/// few bits is passed straight through.
+Problem differentiated(Problem problem) {
+  if (problem.skip.reference != SkipReference::kNone) {
+    problem.bit_rows = problem.skip.rows == 0 ? problem.block_q : problem.skip.rows;
+    problem.skip = {};
+  }
+  problem.low_bit = {};
+  return problem;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> attend_backward(
     const Tensor& d_o_given, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
-    const Tensor& lse, const std::optional<Tensor>& block_class, const std::vector<Tensor>& weights,
-    const Ints& query_segments, const Ints& key_segments, const Spec& spec) {
-  const Plan plan = plan_for(spec, q, k, block_class.has_value(), query_segments, key_segments);
+    const Tensor& lse_given, const std::optional<Tensor>& block_map,
+    const std::optional<Tensor>& tile_bits, const std::optional<Tensor>& query_order,
+    const std::optional<Tensor>& key_order, const std::vector<Tensor>& weights,
+    const Ints& query_segments, const Ints& key_segments, Spec spec) {
+  const bool recomputes_lse = spec.recompute_lse && spec.problem.low_bit.is_enabled;
+  spec.problem.block_map = kind_of(block_map);
+  spec.problem = differentiated(spec.problem);
+  const Plan plan = plan_for(spec, q, k, query_segments, key_segments);
   require_backend("attend_backward", plan);
+  Tensor lse = lse_given;
+  if (recomputes_lse) {  // needs the sparse branch alone
+    spec.problem.combine = Combine::kSparse;
+    lse = std::get<1>(attend(q, k, v, block_map, tile_bits, query_order, key_order, std::nullopt,
+                             {}, query_segments, key_segments, spec));
+  }
   // The one copy made here: autograd hands over gradients that it may have broadcast, as sum()
   // does.
   const Tensor d_o = with_unit_stride(d_o_given);
   Tensor d_q = like(q);
   Tensor d_k = like(k);
   Tensor d_v = like(v);
+  const bool is_soft = plan.problem.block_map == BlockMap::kSoft;
+  Tensor d_block_map = empty(
+      is_soft ? Ints{q.size(0), q.size(1), num_query_blocks(plan), num_key_blocks(plan)} : Ints{0},
+      ScalarType::Float, q);
   std::vector<Tensor> d_weights;
   d_weights.reserve(weights.size());
   for (const Tensor& weight : weights) d_weights.push_back(like(weight));
-  run<BackwardArgs>(
-      sparline::backward, plan,
-      {.d_o = view_of(d_o, "d_o"),
-       .q = view_of(q, "q"),
-       .k = view_of(k, "k"),
-       .v = view_of(v, "v"),
-       .o = view_of(o, "o"),
-       .lse = view_of(lse, "lse"),
-       .block_class = block_class ? view_of(*block_class, "block_class") : TensorView{},
-       .weights = weights_of(weights),
-       .d_q = view_of(d_q, "d_q"),
-       .d_k = view_of(d_k, "d_k"),
-       .d_v = view_of(d_v, "d_v"),
-       .d_weights = weights_of(d_weights)},
-      q, plan.backward_workspace_bytes);
-  return {d_q, d_k, d_v, d_weights};
+  run<BackwardArgs>(sparline::backward, plan,
+                    {.d_o = view_of(d_o, "d_o"),
+                     .q = view_of(q, "q"),
+                     .k = view_of(k, "k"),
+                     .v = view_of(v, "v"),
+                     .o = view_of(o, "o"),
+                     .lse = view_of(lse, "lse"),
+                     .block_map = view_of(block_map, "block_map"),
+                     .tile_bits = view_of(tile_bits, "tile_bits"),
+                     .query_order = view_of(query_order, "query_order"),
+                     .key_order = view_of(key_order, "key_order"),
+                     .weights = weights_of(weights),
+                     .d_q = view_of(d_q, "d_q"),
+                     .d_k = view_of(d_k, "d_k"),
+                     .d_v = view_of(d_v, "d_v"),
+                     .d_block_map = is_soft ? view_of(d_block_map, "d_block_map") : TensorView{},
+                     .d_weights = weights_of(d_weights)},
+                    q, plan.backward_workspace_bytes);
+  return {d_q, d_k, d_v, d_block_map, d_weights};
+}
+
+Tensor soft_top_k(const Tensor& scores_given, const Tensor& kappa_given, double temperature) {
+  const Tensor scores = with_unit_stride(scores_given);
+  const Tensor kappa = torch::stable::contiguous(kappa_given);
+  Tensor soft_map = like(scores);
+  TensorView flat_kappa = contiguous_view(kappa.data_ptr(), dtype_of(kappa, "kappa"),
+                                          {1, 1, 1, static_cast<int64_t>(kappa.numel())});
+  run_without_plan<SoftTopKArgs>(sparline::soft_top_k,
+                                 {.scores = view_of(scores, "scores"),
+                                  .kappa = flat_kappa,
+                                  .temperature = temperature,
+                                  .soft_map = view_of(soft_map, "soft_map")},
+                                 scores);
+  return soft_map;
+}
+
+Tensor soft_top_k_backward(const Tensor& d_soft_map_given, const Tensor& soft_map_given,
+                           double temperature) {
+  const Tensor d_soft_map = with_unit_stride(d_soft_map_given);
+  const Tensor soft_map = with_unit_stride(soft_map_given);
+  Tensor d_scores = like(soft_map);
+  run_without_plan<SoftTopKBackwardArgs>(sparline::soft_top_k_backward,
+                                         {.d_soft_map = view_of(d_soft_map, "d_soft_map"),
+                                          .soft_map = view_of(soft_map, "soft_map"),
+                                          .temperature = temperature,
+                                          .d_scores = view_of(d_scores, "d_scores")},
+                                         soft_map);
+  return d_scores;
 }
 
 std::string explain(const Tensor& q, const Tensor& k, const Ints& query_segments,
-                    const Ints& key_segments, const Spec& spec, bool has_block_map) {
-  return sparline::explain(plan_for(spec, q, k, has_block_map, query_segments, key_segments));
+                    const Ints& key_segments, const Spec& spec) {
+  return sparline::explain(plan_for(spec, q, k, query_segments, key_segments));
 }
 
 std::string build_info() {
@@ -215,37 +321,44 @@ std::string build_info() {
 }  // namespace
 }  // namespace sparline::binding
 
-// `weights` is empty or six float32 tensors, empty ones standing for absent ones: proj_weight (D,
-// D), proj_bias (D), feature_weight_q (H, D, D), feature_bias_q (H, D), feature_weight_k (H_kv, D,
-// D), feature_bias_k (H_kv, D). Segments are flat: begin, end, sequence, is_protected. `spec` is
-// described in spec.h.
+// Empty tensors stand for absent ones, in and out. `block_map` is int8 classes or a float32 soft
+// map. `weights` is empty or seven float32 tensors: proj_weight (D, D), proj_bias (D),
+// feature_weight_q (H, D, D), feature_bias_q (H, D), feature_weight_k (H_kv, D, D), feature_bias_k
+// (H_kv, D), alpha_logit (B, H, N_q). Orders are int32 permutations. Segments are flat: begin, end,
+// sequence, is_protected. `spec` is described in spec.h. attend returns o, lse, kept_bits and
+// row_votes, the last two only with a skip rule; its backward then takes kept_bits for tile_bits.
 STABLE_TORCH_LIBRARY(sparline, library) {
   library.def(
-      "route(Tensor q, Tensor k, int[] query_segments, int[] key_segments, str spec) -> Tensor");
+      "route(Tensor q, Tensor k, Tensor? proj_q, Tensor? proj_k, Tensor? query_order, "
+      "Tensor? key_order, int[] query_segments, int[] key_segments, str spec) -> Tensor");
   library.def(
-      "attend(Tensor q, Tensor k, Tensor v, Tensor? block_class, Tensor[] weights, "
-      "int[] query_segments, int[] key_segments, str spec) -> (Tensor, Tensor)");
+      "attend(Tensor q, Tensor k, Tensor v, Tensor? block_map, Tensor? tile_bits, "
+      "Tensor? query_order, Tensor? key_order, Tensor? tile_order, Tensor[] weights, "
+      "int[] query_segments, int[] key_segments, str spec) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "attend_backward(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
-      "Tensor? block_class, Tensor[] weights, int[] query_segments, int[] key_segments, str spec) "
-      "-> (Tensor, Tensor, Tensor, Tensor[])");
+      "Tensor? block_map, Tensor? tile_bits, Tensor? query_order, Tensor? key_order, "
+      "Tensor[] weights, int[] query_segments, int[] key_segments, str spec) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])");
+  library.def("soft_top_k(Tensor scores, Tensor kappa, float temperature) -> Tensor");
   library.def(
-      "explain(Tensor q, Tensor k, int[] query_segments, int[] key_segments, str spec, "
-      "bool has_block_map=True) -> str");
+      "soft_top_k_backward(Tensor d_soft_map, Tensor soft_map, float temperature) -> Tensor");
+  library.def(
+      "explain(Tensor q, Tensor k, int[] query_segments, int[] key_segments, str spec) -> str");
   library.def("build_info() -> str");
 }
 
 // CUDA tensors take the same road: plan() says what can run them.
-STABLE_TORCH_LIBRARY_IMPL(sparline, CPU, library) {
+template <class Library>
+void implement(Library& library) {
   library.impl("route", TORCH_BOX(&sparline::binding::route));
   library.impl("attend", TORCH_BOX(&sparline::binding::attend));
   library.impl("attend_backward", TORCH_BOX(&sparline::binding::attend_backward));
+  library.impl("soft_top_k", TORCH_BOX(&sparline::binding::soft_top_k));
+  library.impl("soft_top_k_backward", TORCH_BOX(&sparline::binding::soft_top_k_backward));
 }
-STABLE_TORCH_LIBRARY_IMPL(sparline, CUDA, library) {
-  library.impl("route", TORCH_BOX(&sparline::binding::route));
-  library.impl("attend", TORCH_BOX(&sparline::binding::attend));
-  library.impl("attend_backward", TORCH_BOX(&sparline::binding::attend_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(sparline, CPU, library) { implement(library); }
+STABLE_TORCH_LIBRARY_IMPL(sparline, CUDA, library) { implement(library); }
 STABLE_TORCH_LIBRARY_IMPL(sparline, CompositeExplicitAutograd, library) {
   library.impl("explain", TORCH_BOX(&sparline::binding::explain));
   library.impl("build_info", TORCH_BOX(&sparline::binding::build_info));

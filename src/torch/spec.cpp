@@ -36,6 +36,10 @@ T one_of(const std::string& key, const std::string& value, Choices<T> choices) {
   fail(key, "one of " + names, value);
 }
 
+bool flag(const std::string& key, const std::string& value) {
+  return one_of<bool>(key, value, {{"0", false}, {"1", true}});
+}
+
 void set(Spec& spec, const std::string& key, const std::string& value) {
   Problem& problem = spec.problem;
   if (key == "block_q") {
@@ -51,7 +55,8 @@ void set(Spec& spec, const std::string& key, const std::string& value) {
                                       {{"sparse", Combine::kSparse},
                                        {"linear", Combine::kLinear},
                                        {"sum", Combine::kSum},
-                                       {"projection", Combine::kProjection}});
+                                       {"projection", Combine::kProjection},
+                                       {"blend", Combine::kBlend}});
   } else if (key == "feature_map") {
     problem.feature_map = one_of<FeatureMap>(key, value,
                                              {{"softmax", FeatureMap::kSoftmax},
@@ -67,8 +72,51 @@ void set(Spec& spec, const std::string& key, const std::string& value) {
                                                 {"all", LinearScope::kAll}});
   } else if (key == "backend") {
     spec.backend = value;
+  } else if (key == "smooth_k") {
+    problem.smooth_k = flag(key, value);
+  } else if (key == "device") {
+    spec.device = one_of<Device>(key, value, {{"cpu", Device::kCPU}, {"cuda", Device::kCUDA}});
+  } else if (key == "block_map") {
+    problem.block_map = one_of<BlockMap>(
+        key, value,
+        {{"none", BlockMap::kNone}, {"class", BlockMap::kClass}, {"soft", BlockMap::kSoft}});
+  } else if (key == "bit_rows") {
+    problem.bit_rows = number<int>(key, value);
+  } else if (key == "skip") {
+    problem.skip.reference = one_of<SkipReference>(key, value,
+                                                   {{"none", SkipReference::kNone},
+                                                    {"running_max", SkipReference::kRunningMax},
+                                                    {"kept_lse", SkipReference::kKeptLse}});
+  } else if (key == "skip_threshold") {
+    problem.skip.log_threshold = number<double>(key, value);
+  } else if (key == "skip_rows") {
+    problem.skip.rows = number<int>(key, value);
+  } else if (key == "low_bit") {
+    problem.low_bit.is_enabled = flag(key, value);
+  } else if (key == "low_bit_q_rows") {
+    problem.low_bit.q_rows = number<int>(key, value);
+  } else if (key == "p_range") {
+    problem.low_bit.p_range = number<double>(key, value);
+  } else if (key == "v_range") {
+    problem.low_bit.v_range = number<double>(key, value);
+  } else if (key == "recompute_lse") {
+    spec.recompute_lse = flag(key, value);
+  } else if (key == "selection") {
+    spec.rule.selection = one_of<Selection>(key, value,
+                                            {{"top_k", Selection::kTopK},
+                                             {"top_p", Selection::kTopP},
+                                             {"union", Selection::kUnion},
+                                             {"intersection", Selection::kIntersection}});
   } else if (key == "critical_ratio") {
     spec.rule.critical_ratio = number<double>(key, value);
+  } else if (key == "critical_count") {
+    spec.rule.critical_count = number<int64_t>(key, value);
+  } else if (key == "critical_mass") {
+    spec.rule.critical_mass = number<double>(key, value);
+  } else if (key == "longest_prefix") {
+    spec.rule.is_longest_prefix = flag(key, value);
+  } else if (key == "min_similarity") {
+    spec.rule.min_similarity = number<double>(key, value);
   } else if (key == "negligible_ratio") {
     spec.rule.negligible_ratio = number<double>(key, value);
   } else if (key == "count_rounding") {
@@ -76,8 +124,8 @@ void set(Spec& spec, const std::string& key, const std::string& value) {
                                                {{"floor", CountRounding::kFloor},
                                                 {"round", CountRounding::kRound},
                                                 {"ceil", CountRounding::kCeil}});
-  } else if (key == "smooth_k") {
-    spec.rule.smooth_k = one_of<bool>(key, value, {{"0", false}, {"1", true}});
+  } else if (key == "smooth_router") {
+    spec.rule.smooth_k = flag(key, value);
   } else {
     fail("a key", "known", key);
   }

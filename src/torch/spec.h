@@ -4,6 +4,7 @@
 // Strings are constants to torch.compile, and a new option needs no new schema.
 #pragma once
 
+#include <optional>
 #include <string>
 
 #include "sparline/attention.h"
@@ -11,22 +12,37 @@
 namespace sparline {
 
 struct Spec {
-  Problem problem;  // all but sizes, dtype, segments and has_block_map: those come with the tensors
+  Problem problem;  // all but sizes, dtype and segments: those come with the tensors
   RouteRule rule;
+  bool recompute_lse = false;  // after a low-bit forward the backward makes itself an exact lse
   std::string backend;
+  std::optional<Device> device;  // another than that of the tensors
 };
 
 /// Keys, each at most once, in any order; a key left out keeps the default of Problem and
 /// RouteRule:
 ///   block_q block_k            ints
 ///   scale epsilon              numbers; scale 0 is 1 / sqrt(D)
-///   combine                    sparse linear sum projection
+///   combine                    sparse linear sum projection blend
 ///   feature_map                softmax elu1 relu identity hedgehog hedgehog_exp
 ///   linear_scope               marginal complement all
+///   smooth_k                   0 1: of the operator
+///   block_map                  none class soft           (explain; else the map itself tells)
+///   device                     cpu cuda                  (explain; else the tensors tell)
+///   bit_rows                   int
+///   skip                       none running_max kept_lse
+///   skip_threshold skip_rows   number (natural log), int
+///   low_bit recompute_lse      0 1
+///   low_bit_q_rows             int
+///   p_range v_range            numbers
 ///   backend                    the name of a compiled backend
-///   critical_ratio negligible_ratio  numbers in [0, 1]   (route)
+///   selection                  top_k top_p union intersection   (route)
+///   critical_ratio critical_mass negligible_ratio   numbers in [0, 1]   (route)
+///   critical_count             int, in place of critical_ratio   (route)
 ///   count_rounding             floor round ceil          (route)
-///   smooth_k                   0 1                       (route)
+///   smooth_router              0 1                       (route)
+///   longest_prefix             0 1                       (route)
+///   min_similarity             number                    (route)
 /// Throws Error{kInvalidArgument} for anything else.
 Spec parse_spec(const std::string& text);
 

@@ -22,17 +22,18 @@ DType dtype_of(const Tensor& tensor, const char* name) {
     case ScalarType::Float: return DType::kF32;
     case ScalarType::BFloat16: return DType::kBF16;
     case ScalarType::Half: return DType::kF16;
+    case ScalarType::Int: return DType::kI32;
     case ScalarType::Char: return DType::kI8;
+    case ScalarType::Byte: return DType::kU8;
     default:
-      invalid(std::string(name) +
-              " must be float32, bfloat16 or float16 (block_class: int8), got " +
-              torch::headeronly::toString(tensor.scalar_type()) +
-              ". Convert it, or pass backend=\"reference\".");
+      invalid(
+          std::string(name) +
+          " must be float32, bfloat16 or float16 (classes: int8, bits: uint8, orders: int32), " +
+          "got " + torch::headeronly::toString(tensor.scalar_type()) +
+          ". Convert it, or pass backend=\"reference\".");
   }
 }
 
-/// Tensors of fewer than four dimensions lead with ones. `reads_data` false: shapes alone, as for a
-/// meta tensor.
 TensorView view_of(const Tensor& tensor, const char* name) {
   const int64_t rank = tensor.dim();
   if (rank > 4) {
@@ -46,6 +47,10 @@ TensorView view_of(const Tensor& tensor, const char* name) {
     view.stride[4 - rank + d] = tensor.stride(d);
   }
   return view;
+}
+
+TensorView view_of(const std::optional<Tensor>& tensor, const char* name) {
+  return tensor && tensor->numel() > 0 ? view_of(*tensor, name) : TensorView{};
 }
 
 std::vector<Segment> segments_of(const Ints& flat, const char* name) {
@@ -66,17 +71,21 @@ std::vector<Segment> segments_of(const Ints& flat, const char* name) {
 Weights weights_of(const std::vector<Tensor>& tensors) {
   Weights weights;
   if (tensors.empty()) return weights;
-  if (tensors.size() != 6) {
+  if (tensors.size() != 7) {
     invalid(
-        "weights must hold none or all six of proj_weight, proj_bias, feature_weight_q, "
-        "feature_bias_q, feature_weight_k, feature_bias_k, got " +
+        "weights must hold none or all seven of proj_weight, proj_bias, feature_weight_q, "
+        "feature_bias_q, feature_weight_k, feature_bias_k, alpha_logit, got " +
         std::to_string(tensors.size()) + ". Pass empty tensors for absent ones.");
   }
   const std::pair<TensorView*, const char*> slots[] = {
-      {&weights.proj_weight, "proj_weight"},           {&weights.proj_bias, "proj_bias"},
-      {&weights.feature_weight_q, "feature_weight_q"}, {&weights.feature_bias_q, "feature_bias_q"},
-      {&weights.feature_weight_k, "feature_weight_k"}, {&weights.feature_bias_k, "feature_bias_k"}};
-  for (size_t idx = 0; idx < 6; ++idx) {
+      {&weights.proj_weight, "proj_weight"},
+      {&weights.proj_bias, "proj_bias"},
+      {&weights.feature_weight_q, "feature_weight_q"},
+      {&weights.feature_bias_q, "feature_bias_q"},
+      {&weights.feature_weight_k, "feature_weight_k"},
+      {&weights.feature_bias_k, "feature_bias_k"},
+      {&weights.alpha_logit, "alpha_logit"}};
+  for (size_t idx = 0; idx < 7; ++idx) {
     const auto& [slot, name] = slots[idx];
     if (tensors[idx].numel() > 0) *slot = view_of(tensors[idx], name);
   }

@@ -20,10 +20,13 @@ struct Case {
   double magnitude = 1.0;  // standard deviation of q and k
   bool has_proj_bias = true;
   bool shares_block_map = false;  // one map for all heads and batch items, by strides of 0
+  bool has_query_order = false;
+  bool has_key_order = false;
+  bool has_tile_order = false;
 };
 
-/// Any legal problem: ragged, packed, protected, grouped, strided, of every dtype, map, scope and
-/// combination.
+/// Any legal problem: ragged, packed, protected, grouped, strided, reordered, with bits, skipped
+/// tiles or low-bit tiles, of every dtype, map, scope and combination.
 Case random_case(uint64_t seed);
 
 /// The case as one line that can be pasted: the seed makes all of it, the rest is for the eye.

@@ -9,8 +9,10 @@
 #include <hwy/highway.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdlib>
+#include <functional>
 #include <limits>
 
 #include "case.h"
@@ -35,9 +37,10 @@ int64_t from_environment(const char* name, int64_t fallback) {
 }
 
 void check_case(const Case& c, double slack = 1.0) {
-  const Inputs inputs = random_inputs(c);
+  Inputs inputs = random_inputs(c);
   std::string misuse;
   const Outputs got = run(c, inputs, &misuse);
+  inputs.kept_bits = got.kept_bits;
   EXPECT_EQ(misuse, "") << describe(c);
   EXPECT_EQ(compare(c, got, oracle::attend(c.problem, inputs), slack), "") << describe(c);
 }
@@ -53,7 +56,7 @@ Case plain_case() {
                .block_q = 32,
                .block_k = 16,
                .combine = Combine::kProjection,
-               .has_block_map = true,
+               .block_map = BlockMap::kClass,
                .feature_map = FeatureMap::kSoftmax,
                .linear_scope = LinearScope::kMarginal};
   return c;
@@ -82,6 +85,10 @@ void expect_same_bits(const Outputs& a, const Outputs& b, const std::string& wha
   EXPECT_TRUE(is_same_bits(g.feature_weight_k, w.feature_weight_k))
       << what << ": d_feature_weight_k";
   EXPECT_TRUE(is_same_bits(g.feature_bias_k, w.feature_bias_k)) << what << ": d_feature_bias_k";
+  EXPECT_TRUE(is_same_bits(g.alpha_logit, w.alpha_logit)) << what << ": d_alpha_logit";
+  EXPECT_TRUE(is_same_bits(a.d_soft_map, b.d_soft_map)) << what << ": d_block_map";
+  EXPECT_TRUE(is_same_bits(a.row_votes, b.row_votes)) << what << ": row_votes";
+  EXPECT_EQ(a.kept_bits, b.kept_bits) << what << ": kept_bits";
 }
 
 // Against the oracle -----------------------------------------------------------------------------
@@ -106,7 +113,7 @@ TEST(Oracle, RandomCasesOnEveryTarget) {
 TEST(Oracle, EveryFeatureMapScopeAndCombination) {
   for (int map = 0; map < 6; ++map) {
     for (int scope = 0; scope < 3; ++scope) {
-      for (int combine = 0; combine < 4; ++combine) {
+      for (int combine = 0; combine < 5; ++combine) {
         Case c = plain_case();
         c.seed = static_cast<uint64_t>(100 * map + 10 * scope + combine);
         c.problem.num_queries = 50;
@@ -181,6 +188,9 @@ TEST(Route, MatchesTheOracleExactlyWhereScoresAreExact) {
     Case c = random_case(seed);
     Problem& p = c.problem;
     p.block_q = p.block_k = 16;
+    p.bit_rows = 0;
+    p.skip = {};
+    p.low_bit = {};
     p.num_queries = (p.num_queries + 15) / 16 * 16;
     p.num_keys = (p.num_keys + 15) / 16 * 16;
     p.query_segments.clear();
@@ -324,7 +334,7 @@ TEST(Law, AllCriticalIsDenseAttention) {
   std::fill(inputs.block_class.begin(), inputs.block_class.end(), int8_t{1});
   std::string misuse;
   const Outputs mapped = run(c, inputs, &misuse);
-  c.problem.has_block_map = false;
+  c.problem.block_map = BlockMap::kNone;
   inputs.block_class.clear();
   expect_same_bits(run(c, inputs, &misuse), mapped, "dense");
 }
@@ -358,6 +368,310 @@ TEST(Law, BatchItemsDoNotSeeEachOther) {
   }
 }
 
+// Features, each by a law of its own --------------------------------------------------------------
+
+/// Sparse attention over every key, to be given one feature.
+Case dense_case() {
+  Case c = plain_case();
+  c.problem.combine = Combine::kSparse;
+  c.problem.block_map = BlockMap::kNone;
+  return c;
+}
+
+constexpr double kNever = -std::numeric_limits<double>::infinity();
+
+int64_t count_bits(const std::vector<uint8_t>& bytes) {
+  int64_t count = 0;
+  for (const uint8_t byte : bytes) count += std::popcount(byte);
+  return count;
+}
+
+TEST(Feature, EveryOneGivesTheSameBitsForAnyNumberOfThreads) {
+  const std::function<void(Case&)> features[] = {
+      [](Case& c) { c.problem.combine = Combine::kBlend; },
+      [](Case& c) {
+        c.problem.combine = Combine::kBlend;
+        c.problem.block_map = BlockMap::kSoft;
+        c.problem.linear_scope = LinearScope::kComplement;
+      },
+      [](Case& c) { c.problem.bit_rows = 5; },
+      [](Case& c) {
+        c.problem.skip = {SkipReference::kRunningMax, -0.5, 16};
+        c.has_tile_order = true;
+      },
+      [](Case& c) { c.problem.skip = {SkipReference::kKeptLse, -0.5, 0}; },
+      [](Case& c) { c.has_query_order = c.has_key_order = true; },
+      [](Case& c) { c.problem.smooth_k = true; },
+      [](Case& c) {
+        c.problem.low_bit.is_enabled = true;
+        c.problem.smooth_k = true;
+      },
+  };
+  for (size_t n = 0; n < std::size(features); ++n) {
+    SCOPED_TRACE(n);
+    Case c = plain_case();
+    features[n](c);
+    check_case(c);
+    const Inputs inputs = random_inputs(c);
+    std::string misuse;
+    const Outputs one = run(c, inputs, &misuse, default_executor(1));
+    for (const int num_threads : {2, 5}) {
+      expect_same_bits(run(c, inputs, &misuse, default_executor(num_threads)), one, describe(c));
+    }
+  }
+}
+
+TEST(Feature, AnOrderIsAPermutationDoneByHand) {
+  Case c = plain_case();
+  c.problem.combine = Combine::kBlend;
+  c.has_query_order = c.has_key_order = true;
+  const Inputs ordered = random_inputs(c);
+  std::string misuse;
+  const Outputs got = run(c, ordered, &misuse);
+  Inputs moved = ordered;
+  moved.query_order.clear();
+  moved.key_order.clear();
+  const auto gather = [](Array& to, const Array& from, const std::vector<int32_t>& order) {
+    for (int64_t b = 0; b < from.shape[0]; ++b) {
+      for (int64_t h = 0; h < from.shape[1]; ++h) {
+        for (size_t n = 0; n < order.size(); ++n) {
+          std::copy_n(from.row(b, h, order[n]), from.shape[3], to.row(b, h, int64_t(n)));
+        }
+      }
+    }
+  };
+  const auto gather_lengths = [](Array& to, const Array& from, const std::vector<int32_t>& order) {
+    for (size_t at = 0; at < from.data.size(); at += order.size()) {
+      for (size_t n = 0; n < order.size(); ++n) to.data[at + n] = from.data[at + order[n]];
+    }
+  };
+  gather(moved.q, ordered.q, ordered.query_order);
+  gather(moved.d_o, ordered.d_o, ordered.query_order);
+  gather(moved.k, ordered.k, ordered.key_order);
+  gather(moved.v, ordered.v, ordered.key_order);
+  gather_lengths(moved.weights.alpha_logit, ordered.weights.alpha_logit, ordered.query_order);
+  Outputs want = got;
+  gather(want.o, got.o, ordered.query_order);
+  gather(want.d_q, got.d_q, ordered.query_order);
+  gather(want.d_k, got.d_k, ordered.key_order);
+  gather(want.d_v, got.d_v, ordered.key_order);
+  gather_lengths(want.lse, got.lse, ordered.query_order);
+  gather_lengths(want.d_weights.alpha_logit, got.d_weights.alpha_logit, ordered.query_order);
+  c.has_query_order = c.has_key_order = false;
+  expect_same_bits(run(c, moved, &misuse), want, "moved by hand");
+  EXPECT_EQ(misuse, "");
+}
+
+TEST(Feature, ABlendWithoutLinearKeysIsItsSparseBranch) {
+  for (const double epsilon : {0.0, 1e-5}) {
+    Case c = plain_case();
+    c.problem.combine = Combine::kBlend;
+    c.problem.epsilon = epsilon;
+    Inputs inputs = random_inputs(c);
+    for (int8_t& block_class : inputs.block_class) block_class = block_class == 1 ? 1 : -1;
+    std::string misuse;
+    Outputs got = run(c, inputs, &misuse);
+    for (const double value : got.d_weights.alpha_logit.data) EXPECT_EQ(value, 0.0);
+    got.d_weights = {};
+    c.problem.combine = Combine::kSparse;
+    inputs.weights = {};
+    expect_same_bits(got, run(c, inputs, &misuse), "blend");
+  }
+}
+
+TEST(Feature, ASoftMapOfZerosAndOnesIsAMapOfClasses) {
+  for (const Combine combine : {Combine::kSparse, Combine::kLinear, Combine::kBlend}) {
+    Case c = plain_case();
+    c.problem.combine = combine;
+    c.problem.linear_scope = LinearScope::kComplement;
+    Inputs inputs = random_inputs(c);
+    std::string misuse;
+    const Outputs want = run(c, inputs, &misuse);
+    c.problem.block_map = BlockMap::kSoft;
+    inputs.soft_map = Array({2, 4, 3, 7});
+    for (size_t n = 0; n < inputs.block_class.size(); ++n) {
+      inputs.soft_map.data[n] = inputs.block_class[n] == 1 ? 1.0 : 0.0;
+    }
+    inputs.block_class.clear();
+    Outputs got = run(c, inputs, &misuse);
+    got.d_soft_map = {};
+    expect_same_bits(got, want, "soft");
+    EXPECT_EQ(misuse, "");
+  }
+}
+
+TEST(Feature, BitsOfAWholeBlockAreClasses) {
+  Case c = plain_case();
+  c.problem.combine = Combine::kSparse;
+  Inputs inputs = random_inputs(c);
+  std::string misuse;
+  const Outputs want = run(c, inputs, &misuse);
+  c.problem.block_map = BlockMap::kNone;
+  c.problem.bit_rows = 32;
+  inputs.tile_bits.assign(2 * 4 * 3, 0);
+  for (size_t n = 0; n < inputs.block_class.size(); ++n) {
+    if (inputs.block_class[n] == 1) inputs.tile_bits[n / 7] |= static_cast<uint8_t>(1 << n % 7);
+  }
+  inputs.block_class.clear();
+  expect_same_bits(run(c, inputs, &misuse), want, "bits");
+}
+
+TEST(Feature, ARowWithoutABitIsZeroWithMinusInfinity) {
+  Case c = dense_case();
+  c.problem.bit_rows = 1;
+  Inputs inputs = random_inputs(c);
+  std::fill(inputs.tile_bits.begin(), inputs.tile_bits.end(), uint8_t{0xFF});
+  inputs.tile_bits[5] = 0;  // query 5 of the first head: 7 key blocks fit one byte
+  std::string misuse;
+  const Outputs got = run(c, inputs, &misuse);
+  EXPECT_EQ(got.lse.row(0, 0, 0)[5], -HUGE_VAL);
+  for (int64_t d = 0; d < 16; ++d) {
+    EXPECT_EQ(got.o.row(0, 0, 5)[d], 0.0);
+    EXPECT_EQ(got.d_q.row(0, 0, 5)[d], 0.0);
+  }
+  EXPECT_TRUE(std::isfinite(got.lse.row(0, 0, 0)[4]));
+  EXPECT_EQ(compare(c, got, oracle::attend(c.problem, inputs)), "");
+}
+
+TEST(Feature, AThresholdOfMinusInfinitySkipsNothing) {
+  Case c = dense_case();
+  const Inputs inputs = random_inputs(c);
+  std::string misuse;
+  const Outputs want = run(c, inputs, &misuse);
+  for (const SkipReference reference : {SkipReference::kRunningMax, SkipReference::kKeptLse}) {
+    for (const int rows : {0, 16}) {
+      c.problem.skip = {reference, kNever, rows};
+      Outputs got = run(c, inputs, &misuse);
+      // 90 queries are 3 blocks, the last of 26 rows: 6 groups of 16 rows; 7 key blocks.
+      EXPECT_EQ(count_bits(got.kept_bits), 2 * 4 * 7 * (rows == 0 ? 3 : 6));
+      EXPECT_TRUE(std::ranges::all_of(got.row_votes.data, [](double x) { return x == 0.0; }));
+      got.kept_bits.clear();
+      got.row_votes = {};
+      expect_same_bits(got, want, "dense");
+    }
+  }
+}
+
+TEST(Feature, TheFirstTileIsNeverSkipped) {
+  for (const SkipReference reference : {SkipReference::kRunningMax, SkipReference::kKeptLse}) {
+    Case c = dense_case();
+    c.problem.skip = {reference, -1e-6, 0};
+    c.has_tile_order = true;
+    c.magnitude = 0.01;  // flat scores: little beats what is there
+    const Inputs inputs = random_inputs(c);
+    std::string misuse;
+    const Outputs got = run(c, inputs, &misuse);
+    for (size_t row = 0; row < got.kept_bits.size(); ++row) {  // 7 key blocks: a byte for each row
+      EXPECT_TRUE(got.kept_bits[row] >> inputs.tile_order[row % 3 * 7] & 1);
+    }
+    EXPECT_LT(count_bits(got.kept_bits), 2 * 4 * 3 * 7);
+    EXPECT_TRUE(std::ranges::all_of(got.lse.data, [](double x) { return std::isfinite(x); }));
+  }
+}
+
+TEST(Feature, DynSparseLosesNoMoreThanItsBound) {
+  for (const double threshold : {-1.0, -2.0, -4.0}) {
+    Case c = dense_case();
+    c.problem.num_queries = c.problem.num_keys = 256;
+    c.magnitude = 0.3;  // flat rows, where keys add up
+    const Inputs inputs = random_inputs(c);
+    std::string misuse;
+    const Outputs full = run(c, inputs, &misuse);
+    c.problem.skip = {SkipReference::kKeptLse, threshold, 0};
+    const Outputs kept = run(c, inputs, &misuse);
+    EXPECT_LT(count_bits(kept.kept_bits), 2 * 4 * 8 * 16);
+    for (int64_t row = 0; row < 2 * 4 * 256; ++row) {
+      const auto* bytes = kept.kept_bits.data() + row / 32 * 2;
+      const double skipped = 16 - count_bits({bytes, bytes + 2});
+      const double recall = std::exp(kept.lse.data[row] - full.lse.data[row]);
+      // A skipped tile holds less than block_k e^threshold of the kept energy.
+      EXPECT_GE(recall, 1.0 / (1.0 + skipped * 16 * std::exp(threshold)) - 1e-5);
+    }
+  }
+}
+
+/// With v of one key, P = 1 and a step of 1, o is the e4m3 rounding of v and nothing else.
+TEST(Feature, ValuesRoundToE4m3) {
+  for (const int64_t target : hwy::SupportedAndGeneratedTargets()) {
+    SCOPED_TRACE(hwy::TargetName(target));
+    const OnTarget on_target(target);
+    Case c{.seed = 1};
+    c.problem = {.num_queries = 1,
+                 .num_keys = 17,
+                 .head_dim = 256,
+                 .block_q = 16,
+                 .block_k = 16,
+                 .block_map = BlockMap::kClass,
+                 .low_bit = {.is_enabled = true, .p_range = 256.0}};
+    Inputs inputs = random_inputs(c);
+    inputs.block_class = {-1, 1};  // only key 16 counts; the others set the step
+    std::fill(inputs.v.data.begin(), inputs.v.data.end(), 448.0);
+    const auto rounded_by_kernel = [&](const std::vector<double>& values) {
+      std::copy(values.begin(), values.end(), inputs.v.row(0, 0, 16));
+      std::string misuse;
+      return run(c, inputs, &misuse).o.data;
+    };
+    std::vector<double> codes(256), ties(256), wants(256), noise(256), noise_wants(256);
+    for (int code = 0; code < 256; ++code) {
+      const int exponent = code >> 3 & 15, mantissa = code & 7;
+      const double magnitude =
+          exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
+      const double sign = code < 128 ? 1.0 : -1.0;
+      codes[code] = (code & 127) == 127 ? 448.0 : sign * magnitude;  // 127 is NaN
+    }
+    for (int code = 0; code < 256; ++code) {  // half way to the next code, which the even one gets
+      const int magnitude = code & 127;
+      if (magnitude >= 126) continue;
+      ties[code] = (codes[code] + codes[code + 1]) / 2.0;
+      wants[code] = magnitude % 2 == 0 ? codes[code] : codes[code + 1];
+    }
+    for (int n = 0; n < 256; ++n) {
+      noise[n] = rounded(std::ldexp(std::sin(n + 0.5), n % 20 - 11), DType::kF32);
+      noise_wants[n] = oracle::e4m3(noise[n]);
+    }
+    EXPECT_EQ(rounded_by_kernel(codes), codes);
+    EXPECT_EQ(rounded_by_kernel(ties), wants);
+    EXPECT_EQ(rounded_by_kernel(noise), noise_wants);
+  }
+}
+
+TEST(Feature, E4m3Saturates) {  // the definition; steps keep the kernels from getting there
+  EXPECT_EQ(oracle::e4m3(464.0), 448.0);
+  EXPECT_EQ(oracle::e4m3(-1e30), -448.0);
+  EXPECT_EQ(oracle::e4m3(0x1p-10), 0.0);
+  EXPECT_EQ(oracle::e4m3(0x1.8p-9), 0x1p-8);
+}
+
+TEST(Feature, LowBitIsNearTheUnroundedResult) {
+  Case c = dense_case();
+  c.problem.num_keys = 512;
+  c.problem.head_dim = 64;
+  const Inputs inputs = random_inputs(c);
+  std::string misuse;
+  const Outputs want = run(c, inputs, &misuse);
+  c.problem.low_bit.is_enabled = true;
+  const Outputs got = run(c, inputs, &misuse);
+  double difference = 0.0, size = 0.0;
+  for (size_t n = 0; n < want.o.data.size(); ++n) {
+    difference += std::abs(got.o.data[n] - want.o.data[n]);
+    size += std::abs(want.o.data[n]);
+  }
+  EXPECT_LT(difference / size, 0.06);  // published: 0.04
+  EXPECT_GT(difference / size, 0.005);
+}
+
+TEST(Feature, SmoothingLeavesTheSparseBranch) {
+  Case c = dense_case();
+  const Inputs inputs = random_inputs(c);
+  std::string misuse;
+  const Outputs want = run(c, inputs, &misuse);
+  c.problem.smooth_k = true;
+  const Outputs got = run(c, inputs, &misuse);
+  EXPECT_LT(error(got.o, want.o), 1e-5);
+  EXPECT_LT(error(got.d_q, want.d_q), 1e-4);
+  EXPECT_LT(error(got.d_k, want.d_k), 1e-4);
+}
+
 // Hard numbers -----------------------------------------------------------------------------------
 
 TEST(Numbers, HugeScores) {
@@ -367,6 +681,25 @@ TEST(Numbers, HugeScores) {
     c.problem.softmax_scale = 1.0;
     c.magnitude = 50.0;              // scores of +-1e4
     check_case(c, /*slack=*/100.0);  // a score of 1e4 is itself rounded by 5e-4
+  }
+}
+
+/// Not under low bit: there exp(S - lse) of the backward has no bound, as S and lse round apart.
+TEST(Numbers, HugeScoresOfEveryFeature) {
+  const std::function<void(Problem&)> features[] = {
+      [](Problem& p) { p.bit_rows = 3; },
+      [](Problem& p) { p.smooth_k = true; },
+      [](Problem& p) { p.skip = {SkipReference::kRunningMax, -2.0, 16}; },
+      [](Problem& p) { p.skip = {SkipReference::kKeptLse, -2.0, 0}; },
+  };
+  for (size_t n = 0; n < std::size(features); ++n) {
+    SCOPED_TRACE(n);
+    Case c = plain_case();
+    c.problem.combine = Combine::kSparse;
+    c.problem.softmax_scale = 1.0;
+    c.magnitude = 50.0;
+    features[n](c.problem);
+    check_case(c, /*slack=*/100.0);
   }
 }
 
@@ -424,13 +757,18 @@ TEST(Numbers, AnEmptyLinearSetLeavesTheBias) {
 
 /// A NaN or infinity in one head reaches no other head and no other batch item.
 TEST(Numbers, NanStaysInItsHead) {
-  for (const Combine combine : {Combine::kSparse, Combine::kLinear, Combine::kSum}) {
+  for (const Combine combine :
+       {Combine::kSparse, Combine::kLinear, Combine::kSum, Combine::kBlend}) {
     for (const char* where : {"q", "k", "v", "d_o"}) {
       for (const double poison : {std::nan(""), HUGE_VAL, -HUGE_VAL}) {
         Case c = plain_case();
         c.problem.combine = combine;
         c.problem.linear_scope = LinearScope::kAll;
         c.problem.num_kv_heads = 4;
+        if (combine == Combine::kBlend) {
+          c.problem.smooth_k = c.problem.low_bit.is_enabled = true;
+          c.problem.skip = {SkipReference::kKeptLse, -1.0, 16};
+        }
         const Inputs clean = random_inputs(c);
         Inputs inputs = clean;
         Array& target = where[0] == 'q'   ? inputs.q
@@ -447,7 +785,13 @@ TEST(Numbers, NanStaysInItsHead) {
             double* const begin = array->row(0, 1, 0);
             std::fill(begin, begin + array->shape[2] * array->shape[3], 0.0);
           }
-          std::fill(out->lse.row(0, 0, 1), out->lse.row(0, 0, 1) + out->lse.shape[3], 0.0);
+          std::vector<Array*> rows{&out->lse};
+          if (combine == Combine::kBlend) {
+            rows.insert(rows.end(), {&out->row_votes, &out->d_weights.alpha_logit});
+            const size_t head_bytes = out->kept_bits.size() / 8;
+            std::fill_n(out->kept_bits.begin() + head_bytes, head_bytes, uint8_t{0});
+          }
+          for (Array* array : rows) std::fill_n(array->row(0, 0, 1), array->shape[3], 0.0);
         }
         expect_same_bits(got, want, std::string(where) + " with " + std::to_string(poison));
       }

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "sparline/attention.h"
@@ -32,11 +33,18 @@ struct Array {
 
 struct WeightArrays {
   Array proj_weight, proj_bias, feature_weight_q, feature_bias_q, feature_weight_k, feature_bias_k;
+  Array alpha_logit;
 };
 
 struct Inputs {
   Array q, k, v, d_o;
-  std::vector<int8_t> block_class;  // (B, H, T_m, T_n); empty without a block map
+  std::vector<int8_t> block_class;  // (B, H, T_m, T_n); empty without a map of classes
+  Array soft_map;                   // (B, H, T_m, T_n); empty without a soft map
+  std::vector<uint8_t> tile_bits;   // (B, H, T_m G, ceil(T_n / 8)); empty without bits
+  std::vector<int32_t> query_order, key_order, tile_order;  // empty: ascending
+  /// With a skip rule: the tiles that the library kept. A decision near the threshold may go either
+  /// way, and everything after it follows; so the oracle takes the decisions over and checks each.
+  std::vector<uint8_t> kept_bits;
   WeightArrays weights;
 };
 
@@ -44,10 +52,18 @@ struct Outputs {
   Array o, lse;
   Array d_q, d_k, d_v;
   WeightArrays d_weights;
+  Array d_soft_map;
+  std::vector<uint8_t> kept_bits;  // of the library
+  Array row_votes;                 // of the library; of the oracle the fewest there may be
+  Array most_row_votes;            // of the oracle
+  std::string contradictions;      // of the oracle: decisions in Inputs.kept_bits that are wrong
 };
 
 /// Forward and backward. `problem.softmax_scale` may be 0 for the default.
 Outputs attend(const Problem& problem, const Inputs& inputs);
+
+/// The nearest e4m3 value, ties to the even code, saturating at 448.
+double e4m3(double x);
 
 /// For every (b, h, i, j) the score that ranks key block j for query block i, unscaled.
 std::vector<double> route_scores(const Problem& problem, const Array& q, const Array& k);

@@ -50,7 +50,7 @@ TEST_F(PlanTest, WorkspaceGrowsWithTheSequenceAndNotWithItsSquare) {
   Problem problem = small_problem();
   problem.block_q = problem.block_k = 64;
   problem.combine = Combine::kProjection;
-  problem.has_block_map = true;
+  problem.block_map = BlockMap::kClass;
   const auto bytes = [&](int64_t length) {
     problem.num_queries = problem.num_keys = length;
     const Plan p = plan(problem, {.num_threads = 2});
@@ -96,7 +96,7 @@ TEST_F(PlanTest, TheEnvironmentOverridesTheTarget) {
 TEST_F(PlanTest, ExplainNamesEverythingThatWasDecided) {
   Problem problem = small_problem();
   problem.combine = Combine::kProjection;
-  problem.has_block_map = true;
+  problem.block_map = BlockMap::kClass;
   const std::string text = explain(plan(problem, {.num_threads = 2}));
   for (const char* part :
        {"backend: cpu (", "4 heads over 2 kv heads", "100 queries x 130 keys", "head_dim 64",
@@ -104,6 +104,55 @@ TEST_F(PlanTest, ExplainNamesEverythingThatWasDecided) {
         "marginal", "workspace_bytes: route ", "threads: 2"}) {
     EXPECT_CONTAINS(text, part);
   }
+}
+
+TEST_F(PlanTest, ExplainNamesTheFeaturesInUse) {
+  Problem problem = small_problem();
+  const std::string plain = explain(plan(problem, {}));
+  for (const char* part : {"a bit for", "skip:", "low_bit:", "mean key"}) {
+    EXPECT_EQ(plain.find(part), std::string::npos) << plain;
+  }
+  problem.combine = Combine::kBlend;
+  problem.smooth_k = true;
+  problem.skip = {SkipReference::kKeptLse, -6.0, 32};
+  problem.low_bit.is_enabled = true;
+  const std::string text = explain(plan(problem, {}));
+  for (const char* part :
+       {"all critical", "blend", "skip: tiles below kept_lse + -6, decided by 32",
+        "a step for every 128 query rows", "less the mean key"}) {
+    EXPECT_CONTAINS(text, part);
+  }
+  problem.skip = {};
+  problem.low_bit = {};
+  problem.block_map = BlockMap::kSoft;
+  problem.linear_scope = LinearScope::kComplement;
+  problem.bit_rows = 1;
+  EXPECT_CONTAINS(explain(plan(problem, {})),
+                  "weights from a soft block map, a bit for every 1 query rows");
+}
+
+TEST_F(PlanTest, APlannedProblemCanBePlannedAgain) {
+  Problem problem = small_problem();
+  problem.block_q = 33;
+  problem.skip = {SkipReference::kRunningMax, -1.0, 0};
+  problem.low_bit.is_enabled = true;
+  const Plan once = plan(problem, {});
+  EXPECT_EQ(once.problem.skip.rows, 33);
+  EXPECT_EQ(once.problem.low_bit.q_rows, 33);
+  EXPECT_EQ(explain(plan(once.problem, {})), explain(once));
+}
+
+TEST_F(PlanTest, WhatIsOffTakesNoWorkspace) {
+  Problem problem = small_problem();
+  const Plan plain = plan(problem, {});
+  problem.smooth_k = true;
+  const Plan smooth = plan(problem, {});
+  EXPECT_GT(smooth.forward_workspace_bytes, plain.forward_workspace_bytes);
+  EXPECT_GT(smooth.backward_workspace_bytes, plain.backward_workspace_bytes);
+  problem.low_bit.is_enabled = true;
+  const Plan low_bit = plan(problem, {});
+  EXPECT_GT(low_bit.forward_workspace_bytes, smooth.forward_workspace_bytes);
+  EXPECT_EQ(low_bit.backward_workspace_bytes, smooth.backward_workspace_bytes);
 }
 
 TEST_F(PlanTest, CompiledBackendsDescribeTheMachine) {

@@ -56,5 +56,13 @@ TEST(Problem, FeatureWeightsBelongToALinearBranch) {
   EXPECT_FALSE(has_feature_weights(problem));
 }
 
+TEST(BitGroups, CoverTheQueryBlock) {
+  const Problem problem{.block_q = 33};
+  EXPECT_EQ(bit_groups(problem, 0), 1);
+  EXPECT_EQ(bit_groups(problem, 33), 1);
+  EXPECT_EQ(bit_groups(problem, 16), 3);
+  EXPECT_EQ(bit_groups(problem, 1), 33);
+}
+
 }  // namespace
 }  // namespace sparline

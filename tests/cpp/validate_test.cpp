@@ -65,6 +65,44 @@ TEST(ValidateProblem, NamesTheRuleTheValueAndTheWayOut) {
        [](Problem& p) { p.epsilon = -1e-5; }},
       {"plan: epsilon must be finite and not negative, got nan. ",
        [](Problem& p) { p.epsilon = kNan; }},
+      {"plan: dtype must be float32, bfloat16 or float16, got uint8. ",
+       [](Problem& p) { p.dtype = DType::kU8; }},
+      {"plan: bit_rows must be from 0 to block_q = 16, got 17. ",
+       [](Problem& p) { p.bit_rows = 17; }},
+      {"plan: bit_rows must be from 0 to block_q = 16, got -1. ",
+       [](Problem& p) { p.bit_rows = -1; }},
+      {"plan: linear_scope must be complement with a soft block map, got marginal. ",
+       [](Problem& p) {
+         p.block_map = BlockMap::kSoft;
+         p.combine = Combine::kBlend;
+       }},
+      {"plan: a soft block map must come without a skip rule, got both. ",
+       [](Problem& p) {
+         p.block_map = BlockMap::kSoft;
+         p.skip = {SkipReference::kKeptLse, -1.0, 0};
+       }},
+      {"plan: a soft block map must come without low_bit, got both. ",
+       [](Problem& p) {
+         p.block_map = BlockMap::kSoft;
+         p.low_bit.is_enabled = true;
+       }},
+      {"plan: skip.log_threshold must be negative, got 0. ",
+       [](Problem& p) { p.skip = {SkipReference::kKeptLse, 0.0, 0}; }},
+      {"plan: skip.log_threshold must be negative, got nan. ",
+       [](Problem& p) { p.skip = {SkipReference::kRunningMax, kNan, 0}; }},
+      {"plan: skip.rows must be 0, block_q = 16 or a smaller multiple of 16, got 8. ",
+       [](Problem& p) { p.skip = {SkipReference::kRunningMax, -1.0, 8}; }},
+      {"plan: bit_rows must be 0 with a skip rule, got 4. ",
+       [](Problem& p) {
+         p.bit_rows = 4;
+         p.skip = {SkipReference::kRunningMax, -1.0, 0};
+       }},
+      {"plan: low_bit.q_rows must be 0, block_q = 16 or a smaller multiple of 16, got 32. ",
+       [](Problem& p) { p.low_bit = {.is_enabled = true, .q_rows = 32}; }},
+      {"plan: low_bit.p_range must be above 0 and at most 448, got 449. ",
+       [](Problem& p) { p.low_bit = {.is_enabled = true, .p_range = 449.0}; }},
+      {"plan: low_bit.v_range must be above 0 and at most 448, got nan. ",
+       [](Problem& p) { p.low_bit = {.is_enabled = true, .v_range = kNan}; }},
       {"plan: a tensor must have at most 2^40 elements, got ",
        [](Problem& p) { p.num_queries = int64_t{1} << 40; }},
       {"plan: a tensor must have at most 2^40 elements, got ",
@@ -119,7 +157,7 @@ class ValidateArguments : public ::testing::Test {
     forward_ = {.q = queries(0),
                 .k = keys(0),
                 .v = keys(1),
-                .block_class = classes(),
+                .block_map = classes(),
                 .weights = weights(0),
                 .o = queries(1),
                 .lse = lse()};
@@ -129,7 +167,7 @@ class ValidateArguments : public ::testing::Test {
                  .v = keys(1),
                  .o = queries(1),
                  .lse = lse(),
-                 .block_class = classes(),
+                 .block_map = classes(),
                  .weights = weights(0),
                  .d_q = queries(3),
                  .d_k = keys(2),
@@ -142,7 +180,7 @@ class ValidateArguments : public ::testing::Test {
     Problem problem = good_problem();
     problem.combine = Combine::kProjection;
     problem.feature_map = FeatureMap::kHedgehog;
-    problem.has_block_map = true;
+    problem.block_map = BlockMap::kClass;
     Plan plan = sparline::plan(problem, {.num_threads = 1});
     // Sizes of its own, so that the messages do not depend on the backend.
     plan.route_workspace_bytes = 64;
@@ -169,6 +207,9 @@ class ValidateArguments : public ::testing::Test {
     return {reinterpret_cast<std::byte*>(memory(22)), kSlotBytes};
   }
 
+  std::string route_error() {
+    return error_text(ErrorCode::kInvalidArgument, [&] { validate(plan_, route_, workspace()); });
+  }
   std::string forward_error() {
     return error_text(ErrorCode::kInvalidArgument, [&] { validate(plan_, forward_, workspace()); });
   }
@@ -213,9 +254,9 @@ TEST_F(ValidateArguments, Dtypes) {
 TEST_F(ValidateArguments, Shapes) {
   forward_.o.shape[2] = 49;
   EXPECT_CONTAINS(forward_error(), "forward: o must have shape (2, 4, 50, 8), got (2, 4, 49, 8). ");
-  backward_.block_class.shape[3] = 4;
+  backward_.block_map.shape[3] = 4;
   EXPECT_CONTAINS(backward_error(),
-                  "backward: block_class must have shape (2, 4, 4, 5), got (2, 4, 4, 4). ");
+                  "backward: block_map must have shape (2, 4, 4, 5), got (2, 4, 4, 4). ");
 }
 
 TEST_F(ValidateArguments, Alignment) {
@@ -233,7 +274,7 @@ TEST_F(ValidateArguments, Strides) {
   EXPECT_CONTAINS(forward_error(), "forward: q must span at most 2^56 elements");
   forward_.q.stride = {0, 0, 0, 1};  // an input may be broadcast
   EXPECT_NO_THROW(validate(plan_, forward_, workspace()));
-  forward_.block_class.stride = {0, 0, 5, 1};
+  forward_.block_map.stride = {0, 0, 5, 1};
   EXPECT_NO_THROW(validate(plan_, forward_, workspace()));
 }
 
@@ -294,12 +335,111 @@ TEST_F(ValidateArguments, TheWorkspaceIsLargeEnoughAlignedAndApart) {
 }
 
 TEST_F(ValidateArguments, BlockClassIsThereExactlyWhenTheProblemHasAMap) {
-  forward_.block_class = {};
-  EXPECT_CONTAINS(forward_error(), "forward: block_class must be present");
-  plan_.problem.has_block_map = false;
+  forward_.block_map = {};
+  EXPECT_CONTAINS(forward_error(), "forward: block_map must be present");
+  plan_.problem.block_map = BlockMap::kNone;
   EXPECT_NO_THROW(validate(plan_, forward_, workspace()));
   EXPECT_CONTAINS(backward_error(),
-                  "backward: block_class must be absent when the problem has no block map");
+                  "backward: block_map must be absent when the problem has no block map");
+}
+
+TEST_F(ValidateArguments, ASoftMapIsFloatAndHasAGradient) {
+  plan_.problem.block_map = BlockMap::kSoft;
+  EXPECT_CONTAINS(forward_error(), "forward: block_map must have dtype float32, got int8");
+  backward_.block_map.dtype = DType::kF32;
+  EXPECT_CONTAINS(backward_error(), "backward: d_block_map must be present");
+  backward_.block_map = classes();
+  plan_.problem.block_map = BlockMap::kClass;
+  backward_.d_block_map = contiguous_view(memory(22), DType::kF32, {2, 4, 4, 5});
+  EXPECT_CONTAINS(backward_error(),
+                  "backward: d_block_map must be absent unless the block map is soft, got");
+}
+
+TEST_F(ValidateArguments, TileBitsAreThereExactlyWhenTheProblemHasThem) {
+  plan_.problem.bit_rows = 5;
+  EXPECT_CONTAINS(forward_error(), "forward: tile_bits must be present");
+  forward_.tile_bits = contiguous_view(memory(22), DType::kU8, {2, 4, 4, 1});
+  EXPECT_CONTAINS(forward_error(),
+                  "forward: tile_bits must have shape (2, 4, 16, 1), got (2, 4, 4, 1). ");
+  plan_.problem.bit_rows = 0;
+  EXPECT_CONTAINS(forward_error(), "forward: tile_bits must be absent when bit_rows is 0");
+}
+
+TEST_F(ValidateArguments, SkippingHasOutputsThatTheBackwardTakes) {
+  forward_.kept_bits = contiguous_view(memory(22), DType::kU8, {2, 4, 4, 1});
+  EXPECT_CONTAINS(forward_error(), "forward: kept_bits must be absent unless the problem has a sk");
+  plan_.problem.skip = {SkipReference::kKeptLse, -1.0, 16};
+  forward_.row_votes =
+      contiguous_view(static_cast<char*>(memory(22)) + 4096, DType::kF32, {1, 2, 4, 4});
+  plan_.forward_workspace_bytes = plan_.backward_workspace_bytes = 0;
+  EXPECT_NO_THROW(validate(plan_, forward_, {}));
+  EXPECT_CONTAINS(backward_error(), "backward: tile_bits must be present");
+  backward_.tile_bits = forward_.kept_bits;
+  EXPECT_NO_THROW(validate(plan_, backward_, {}));
+  forward_.kept_bits = {};
+  EXPECT_CONTAINS(forward_error(), "forward: kept_bits must be present");
+}
+
+TEST_F(ValidateArguments, OrdersArePermutations) {
+  std::vector<int32_t> queries(50), keys(70);
+  for (int n = 0; n < 50; ++n) queries[n] = (n * 7) % 50;
+  for (int n = 0; n < 70; ++n) keys[n] = (n * 3) % 70;
+  const auto set_orders = [&](auto& args) {
+    args.query_order = contiguous_view(queries.data(), DType::kI32, {1, 1, 1, 50});
+    args.key_order = contiguous_view(keys.data(), DType::kI32, {1, 1, 1, 70});
+  };
+  set_orders(route_);
+  set_orders(forward_);
+  set_orders(backward_);
+  const auto expect_all_to_say = [&](const std::string& error) {
+    EXPECT_CONTAINS(route_error(), "route: " + error);
+    EXPECT_CONTAINS(forward_error(), "forward: " + error);
+    EXPECT_CONTAINS(backward_error(), "backward: " + error);
+  };
+  EXPECT_NO_THROW(validate(plan_, route_, workspace()));
+  EXPECT_NO_THROW(validate(plan_, forward_, workspace()));
+  EXPECT_NO_THROW(validate(plan_, backward_, workspace()));
+  queries[3] = 50;
+  expect_all_to_say("query_order must be a permutation of 0 .. 49, got 50. Name every position");
+  queries[3] = queries[0];
+  expect_all_to_say("query_order must be a permutation of 0 .. 49, got 0 twice. ");
+  queries[3] = 21;
+  keys[69] = -1;
+  expect_all_to_say("key_order must be a permutation of 0 .. 69, got -1. ");
+  keys[69] = keys[68];
+  expect_all_to_say("key_order must be a permutation of 0 .. 69, got 64 twice. ");
+  forward_.key_order.shape[3] = 69;
+  EXPECT_CONTAINS(forward_error(),
+                  "forward: key_order must have shape (1, 1, 1, 70), got (1, 1, 1, 69). ");
+}
+
+TEST_F(ValidateArguments, EveryRowOfTileOrderIsAPermutation) {
+  std::vector<int32_t> visits(4 * 5);
+  for (int n = 0; n < 4 * 5; ++n) visits[n] = (n * 3) % 5;
+  forward_.tile_order = contiguous_view(visits.data(), DType::kI32, {1, 1, 4, 5});
+  EXPECT_CONTAINS(forward_error(), "forward: tile_order must be absent unless the problem has a s");
+  plan_.problem.low_bit.is_enabled = true;
+  EXPECT_NO_THROW(validate(plan_, forward_, workspace()));
+  std::swap(visits[4], visits[5]);  // each number still stands there four times
+  EXPECT_CONTAINS(forward_error(),
+                  "forward: tile_order must be a permutation of 0 .. 4, got 0 twice. ");
+  forward_.tile_order.stride[2] = 0;  // one order for all
+  EXPECT_CONTAINS(forward_error(),
+                  "forward: tile_order must be a permutation of 0 .. 4, got 0 twice. ");
+  std::swap(visits[4], visits[5]);
+  visits[5] = 5;  // in a row that is not read
+  EXPECT_NO_THROW(validate(plan_, forward_, workspace()));
+}
+
+TEST_F(ValidateArguments, ABlendHasItsLogits) {
+  plan_.problem.combine = Combine::kBlend;
+  forward_.weights.proj_weight = forward_.weights.proj_bias = {};
+  EXPECT_CONTAINS(forward_error(), "forward: alpha_logit must be present");
+  forward_.weights.alpha_logit = contiguous_view(memory(22), DType::kF32, {1, 2, 4, 50});
+  plan_.forward_workspace_bytes = 0;
+  EXPECT_NO_THROW(validate(plan_, forward_, {}));
+  plan_.problem.combine = Combine::kSum;
+  EXPECT_CONTAINS(forward_error(), "forward: alpha_logit must be absent unless combine is blend");
 }
 
 TEST_F(ValidateArguments, WeightsAreThereExactlyWhenTheyAreUsed) {
@@ -334,16 +474,13 @@ TEST_F(ValidateArguments, WeightGradientsFollowTheWeights) {
 }
 
 TEST_F(ValidateArguments, RatiosAreFractions) {
-  const auto error = [&] {
-    return error_text(ErrorCode::kInvalidArgument, [&] { validate(plan_, route_, workspace()); });
-  };
   route_.rule.critical_ratio = 5.0;
-  EXPECT_CONTAINS(error(), "route: critical_ratio must be from 0 to 1, got 5. 5 % is 0.05.");
+  EXPECT_CONTAINS(route_error(), "route: critical_ratio must be from 0 to 1, got 5. 5 % is 0.05.");
   route_.rule.critical_ratio = kNan;
-  EXPECT_CONTAINS(error(), "route: critical_ratio must be from 0 to 1, got nan");
+  EXPECT_CONTAINS(route_error(), "route: critical_ratio must be from 0 to 1, got nan");
   route_.rule.critical_ratio = 0.05;
   route_.rule.negligible_ratio = -0.1;
-  EXPECT_CONTAINS(error(), "route: negligible_ratio must be from 0 to 1, got -0.1");
+  EXPECT_CONTAINS(route_error(), "route: negligible_ratio must be from 0 to 1, got -0.1");
 }
 
 }  // namespace
