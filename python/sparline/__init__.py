@@ -4,9 +4,22 @@
 from typing import TYPE_CHECKING, Any
 
 from . import accounting, methods, nn
-from .functional import attention, explain, route
-from .methods import METHODS, SLA, Dense, Method, method
-from .reference import SLAWeights
+from .functional import TileStatistics, attention, explain, route, tile_statistics
+from .methods import (
+    BLASST,
+    METHODS,
+    SLA,
+    SLA2,
+    VSA,
+    Dense,
+    DynSparse,
+    LowBit,
+    Method,
+    VMoBA,
+    method,
+)
+from .reference import Weights
+from .tokens import Grid
 
 if TYPE_CHECKING:
     from .integrations.diffusers import apply, load_state, restore, save_state
@@ -14,11 +27,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BLASST",
     "METHODS",
     "SLA",
+    "SLA2",
+    "VSA",
     "Dense",
+    "DynSparse",
+    "Grid",
+    "LowBit",
     "Method",
-    "SLAWeights",
+    "TileStatistics",
+    "VMoBA",
+    "Weights",
     "accounting",
     "apply",
     "attention",
@@ -30,6 +51,7 @@ __all__ = [
     "restore",
     "route",
     "save_state",
+    "tile_statistics",
 ]
 
 _FROM_DIFFUSERS = ("apply", "load_state", "restore", "save_state")

@@ -1,30 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """``attention`` and ``route``: the operators for callers that hold their own tensors.
 
-This file reads methods, layouts, packed sequences and protected spans; it does no maths. Layout is
-strides: a (B, N, H, D) tensor goes to the kernels as a transposed view, never as a copy.
+A call goes one way: arguments are checked, packed sequences, protected spans and the token order
+become axes, the method's router names the tiles, the operator attends. Layout is strides: a
+(B, N, H, D) tensor goes to the kernels as a transposed view, never as a copy.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-import os
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, overload
+import dataclasses
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import _ops, reference
-from .methods import SLA, Dense, Method
-from .reference import Segment, SLAWeights
+from . import _ops, arguments, reference
+from .arguments import flatten, make_spec, picks_reference, to_bhnd
+from .methods import BlockRouter, ChunkRouter, Method, Recipe
+from .reference import Weights, unpack_bits
+from .routing import Tiles, operator_order, pool_rows, route_tiles
+from .tokens import Axes, Grids, Lengths, Spans, make_axes, rows_of
 
-LAYOUTS = ("bhnd", "bnhd")
-BACKENDS = ("cpu", "reference")
-
-Lengths = Sequence[int] | Tensor
-Spans = Iterable[tuple[int, int]]
+#: alpha = 0.9 where nothing has been learned or measured.
+DEFAULT_ALPHA_LOGIT = 2.2
 
 
 @overload
@@ -37,7 +36,10 @@ def attention(
     layout: str = ...,
     scale: float | None = ...,
     block_map: Tensor | None = ...,
-    weights: SLAWeights | None = ...,
+    weights: Weights | None = ...,
+    gate_coarse: Tensor | None = ...,
+    gate_fine: Tensor | None = ...,
+    grid: Grids | None = ...,
     cu_seqlens_q: Lengths | None = ...,
     cu_seqlens_k: Lengths | None = ...,
     protected_q: Spans = ...,
@@ -57,7 +59,10 @@ def attention(
     layout: str = ...,
     scale: float | None = ...,
     block_map: Tensor | None = ...,
-    weights: SLAWeights | None = ...,
+    weights: Weights | None = ...,
+    gate_coarse: Tensor | None = ...,
+    gate_fine: Tensor | None = ...,
+    grid: Grids | None = ...,
     cu_seqlens_q: Lengths | None = ...,
     cu_seqlens_k: Lengths | None = ...,
     protected_q: Spans = ...,
@@ -76,7 +81,10 @@ def attention(
     layout: str = "bhnd",
     scale: float | None = None,
     block_map: Tensor | None = None,
-    weights: SLAWeights | None = None,
+    weights: Weights | None = None,
+    gate_coarse: Tensor | None = None,
+    gate_fine: Tensor | None = None,
+    grid: Grids | None = None,
     cu_seqlens_q: Lengths | None = None,
     cu_seqlens_k: Lengths | None = None,
     protected_q: Spans = (),
@@ -84,25 +92,32 @@ def attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of q over k and v by ``method``; differentiable in q, k, v and ``weights``.
+    """Attention of q over k and v by ``method``; differentiable in q, k, v, ``weights``, gates and
+    a soft ``block_map``.
 
     Args:
         q: (B, H, N_q, D), or (B, N_q, H, D) with ``layout="bnhd"``; float32, bfloat16 or float16,
             last stride 1.
         k: (B, H_kv, N_k, D) in the same layout; H must be a multiple of H_kv.
         v: as ``k``.
-        method: ``Dense(...)`` or ``SLA(...)``.
-        layout: order of the dimensions of q, k, v and of the result.
+        method: ``SLA(...)``, ``SLA2(...)``, ``Dense()`` or any other of ``sparline.METHODS``.
+        layout: order of the dimensions of q, k, v, gates and the result.
         scale: softmax scale; None is 1 / sqrt(D).
-        block_map: int8 (B, H, T_m, T_n) or broadcastable: 1 critical, 0 marginal, -1 negligible.
-            None routes. Protected spans and packed sequences are laid over it.
+        block_map: (B, H, T_m, T_n) or broadcastable, in place of the router's: int8 with 1
+            critical, 0 marginal, -1 negligible; or a floating soft map in [0, 1]. Protected spans
+            and packed sequences are laid over it.
         weights: learned tensors. Without ``proj_weight`` the projection is the zero one that
-            training starts from, so that o = o_s exactly.
+            training starts from, so that o = o_s exactly; without ``alpha_logit`` alpha is 0.9;
+            without ``router_q`` and ``router_k`` the router ranks pooled q and k themselves.
+        gate_coarse: VSA's G_c, like q; None is 1.
+        gate_fine: VSA's G_f, like q; None is 1.
+        grid: where the tokens stand, ``Grid(frames, height, width)``, for methods that order or
+            partition them; one for each packed sequence, or one that fits all.
         cu_seqlens_q: packed sequences, as offsets 0 = c_0 <= c_1 <= ... = N_q; sequences do not
             see each other. A list or a CPU tensor (a list under torch.compile).
         cu_seqlens_k: the same for the keys; None takes ``cu_seqlens_q``.
         protected_q: spans (begin, end) of query rows that get exactly dense attention, such as
-            text tokens.
+            text tokens. With a token order they count positions; text keeps its place.
         protected_k: spans of keys that every query of their sequence attends exactly.
         return_lse: also return the natural log of the critical softmax sums, (B, H, N_q), a
             constant for autograd.
@@ -112,45 +127,30 @@ def attention(
     Returns:
         o in the shape, layout and dtype of q, or (o, lse).
     """
-    if not isinstance(method, (Dense, SLA)):
-        raise TypeError(
-            f"attention: method must be sparline.Dense or sparline.SLA, got {method!r}. Pass for "
-            'example method=SLA(keep_ratio=0.05), or sparline.method("sla").'
-        )
-    q, k, v = (_to_bhnd("attention", x, layout) for x in (q, k, v))
-    _check_qkv("attention", q, k, v)
-    weights = _check_weights(method, SLAWeights() if weights is None else weights, q, k)
-    query_segments, key_segments = make_segments(
-        "attention", q, k, cu_seqlens_q, cu_seqlens_k, protected_q, protected_k
+    call = _Call.make(
+        "attention",
+        (q, k, v),
+        method,
+        layout,
+        scale,
+        weights,
+        (grid, cu_seqlens_q, cu_seqlens_k, protected_q, protected_k),
+        backend,
     )
-    use_reference = _picks_reference("attention", q, backend)
-    if isinstance(method, SLA) and method.smooth_k == "all":
-        k = reference.smooth_keys(k, key_segments)
+    q, k, v = call.qkv
     if block_map is not None:
-        block_map = _check_block_map(block_map, method, q, k, query_segments, key_segments)
-    elif isinstance(method, SLA) and method.needs_block_map:
-        block_map = _route(q, k, method, scale, query_segments, key_segments, backend)
-    options = _attend_options("attention", method, weights, scale)
-    if use_reference:
-        device_type = q.device.type
-        if torch.is_autocast_enabled(device_type) and q.dtype != torch.float64:
-            q, k, v = (x.to(torch.get_autocast_dtype(device_type)) for x in (q, k, v))
-        with torch.autocast(device_type, enabled=False):
-            o, lse = reference.attend(
-                q, k, v, block_map, weights, query_segments, key_segments, **options
-            )
+        tiles = Tiles(arguments.check_block_map(block_map, method, call.map_shape))
     else:
-        o, lse = torch.ops.sparline.attend(
-            q,
-            k,
-            v,
-            block_map,
-            _pack_weights(method, weights, q, k),
-            _flatten(query_segments),
-            _flatten(key_segments),
-            _spec(options, backend),
+        tiles = call.route()
+    gates = [_to_gate(name, g, q, layout) for name, g in _named_gates(gate_coarse, gate_fine)]
+    if (gate_coarse is not None or gate_fine is not None) and not call.recipe.has_coarse_branch:
+        raise ValueError(
+            f"attention: gate_coarse and gate_fine belong to VSA, got {method}. Leave them None."
         )
-    o = _to_bhnd("attention", o, layout)  # its own inverse
+    o, lse, _, _ = _attend(call, tiles)
+    if call.recipe.has_coarse_branch:
+        o = _with_coarse_branch(call, o, *gates)
+    o = to_bhnd("attention", o, layout)  # its own inverse
     return (o, lse) if return_lse else o
 
 
@@ -158,30 +158,123 @@ def route(
     q: Tensor,
     k: Tensor,
     *,
-    method: SLA,
+    method: Method,
     layout: str = "bhnd",
     scale: float | None = None,
+    weights: Weights | None = None,
+    grid: Grids | None = None,
     cu_seqlens_q: Lengths | None = None,
     cu_seqlens_k: Lengths | None = None,
     protected_q: Spans = (),
     protected_k: Spans = (),
     backend: str | None = None,
 ) -> Tensor:
-    """The block map that ``attention`` would use: int8 (B, H, T_m, T_n).
+    """The block map that ``attention`` would use: (B, H, T_m, T_n).
 
-    1 is critical, 0 marginal, -1 negligible. Arguments as in ``attention``. The map is a constant:
-    no gradient flows through it.
+    int8 with 1 critical, 0 marginal, -1 negligible; floating for a soft router. For VMoBA, whose
+    rows choose one by one, 1 where any row of the block attends. Arguments as in ``attention``. A
+    hard map is a constant: no gradient flows through it.
     """
-    if not isinstance(method, SLA):
-        raise TypeError(
-            f"route: method must be sparline.SLA, got {method!r}. Dense attention has no block map."
-        )
-    q, k = (_to_bhnd("route", x, layout) for x in (q, k))
-    _check_qkv("route", q, k, k)
-    query_segments, key_segments = make_segments(
-        "route", q, k, cu_seqlens_q, cu_seqlens_k, protected_q, protected_k
+    call = _Call.make(
+        "route",
+        (q, k, k),
+        method,
+        layout,
+        scale,
+        weights,
+        (grid, cu_seqlens_q, cu_seqlens_k, protected_q, protected_k),
+        backend,
     )
-    return _route(q, k, method, scale, query_segments, key_segments, backend)
+    if call.recipe.router is None:
+        raise TypeError(
+            f"route: method must have a router, got {method!r}. Dense attention and the in-loop "
+            "methods have no block map; tile_statistics tells which tiles those skip."
+        )
+    tiles = call.route()
+    if tiles.block_map is not None:
+        return tiles.block_map
+    assert tiles.bits is not None
+    num_rows, num_columns = call.map_shape[2:]
+    flags = torch.unflatten(unpack_bits(tiles.bits, num_columns), 2, (num_rows, -1)).any(dim=3)
+    return reference.overlay_segments(flags.to(torch.int8), *call.blocks)
+
+
+class TileStatistics(NamedTuple):
+    """What an in-loop method did."""
+
+    visited: Tensor  # int64 (B, H): tiles whose q k^T was computed
+    skipped: (
+        Tensor  # float64 (B, H): those whose exponentials and p v were not; in shares of a tile
+    )
+    row_votes: Tensor  # float32 (B, H, T_m): (row, tile) pairs that would skip by themselves
+    kept_bits: Tensor  # uint8 (B, H, T_m G, ceil(T_n / 8)), see include/sparline/attention.h
+    lse: Tensor  # float32 (B, H, N_q), over the kept tiles
+    recall: Tensor | None  # float32 (B, H, N_q): the share of the dense softmax that was kept
+
+    @property
+    def sparsity(self) -> float:
+        """skipped / visited. Unlike block sparsity it still pays for q k^T."""
+        return (self.skipped.sum() / self.visited.sum()).item()
+
+
+def tile_statistics(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    method: Method,
+    layout: str = "bhnd",
+    scale: float | None = None,
+    grid: Grids | None = None,
+    cu_seqlens_q: Lengths | None = None,
+    cu_seqlens_k: Lengths | None = None,
+    protected_q: Spans = (),
+    protected_k: Spans = (),
+    recall: bool = False,
+    backend: str | None = None,
+) -> TileStatistics:
+    """Runs an in-loop method (DynSparse, BLASST) and tells which tiles it skipped.
+
+    Arguments as in ``attention``. ``recall`` also runs dense attention, to say how much of each
+    row's softmax was kept.
+    """
+    call = _Call.make(
+        "tile_statistics",
+        (q, k, v),
+        method,
+        layout,
+        scale,
+        None,
+        (grid, cu_seqlens_q, cu_seqlens_k, protected_q, protected_k),
+        backend,
+    )
+    if call.recipe.skip is None:
+        raise TypeError(
+            f"tile_statistics: method must skip inside the loop, got {method!r}. Pass DynSparse or "
+            "BLASST; route gives the map of the others."
+        )
+    with torch.no_grad():
+        _, lse, kept_bits, row_votes = _attend(call, Tiles())
+        assert kept_bits is not None
+        assert row_votes is not None
+        query_blocks, key_blocks = call.blocks
+        visited = sum(a.sequence == b.sequence for a in query_blocks for b in key_blocks)
+        # A tile whose row groups decide apart counts by the share of its groups that has rows.
+        group = call.recipe.skip.rows or call.recipe.block_q
+        num_groups = -(-call.recipe.block_q // group)
+        shares = torch.zeros(len(query_blocks), num_groups, dtype=torch.float64)
+        for i, block in enumerate(query_blocks):
+            used = -(-(block.end - block.begin) // group)
+            shares[i, :used] = 1.0 / used
+        flags = unpack_bits(kept_bits, len(key_blocks)).sum(dim=-1)  # (B, H, T_m G)
+        kept = (flags * shares.flatten().to(flags.device)).sum(dim=-1)
+        shape = call.qkv[0].shape[:2]
+        total = torch.full(shape, visited, dtype=torch.float64, device=kept.device)
+        share = None
+        if recall:
+            dense = dataclasses.replace(call, recipe=dataclasses.replace(call.recipe, skip=None))
+            share = (lse - _attend(dense, Tiles())[1]).exp()
+        return TileStatistics(total.long(), total - kept, row_votes, kept_bits, lse, share)
 
 
 def explain(
@@ -190,331 +283,278 @@ def explain(
     *,
     method: Method,
     layout: str = "bhnd",
+    grid: Grids | None = None,
     cu_seqlens_q: Lengths | None = None,
     cu_seqlens_k: Lengths | None = None,
     protected_q: Spans = (),
     protected_k: Spans = (),
     backend: str | None = None,
+    device: str | None = None,
 ) -> str:
-    """The plan for such a call in words: backend, blocks, workspace, what was rejected and why."""
+    """The plan for such a call in words: backend, blocks, workspace, what was rejected and why.
+
+    ``device`` "cpu" or "cuda" asks for another device than that of q.
+    """
     _ops.require()
-    q, k = (_to_bhnd("explain", x, layout) for x in (q, k))
-    _check_qkv("explain", q, k, k)
-    query_segments, key_segments = make_segments(
-        "explain", q, k, cu_seqlens_q, cu_seqlens_k, protected_q, protected_k
+    arguments.check_method("explain", method)
+    q, k = (to_bhnd("explain", x, layout) for x in (q, k))
+    arguments.check_qkv("explain", q, k, k)
+    recipe = method.recipe
+    axes = make_axes(
+        "explain",
+        recipe,
+        q.shape[2],
+        k.shape[2],
+        grid,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        protected_q,
+        protected_k,
     )
-    spec = _spec(_attend_options("explain", method, None, None), backend)
-    has_block_map = isinstance(method, SLA) and method.needs_block_map
+    router = recipe.router
+    has_bits = isinstance(router, ChunkRouter) and not router.pool_queries
+    options = arguments.attend_options(recipe, None, bit_rows=1 if has_bits else 0)
+    if router is not None and not has_bits:
+        is_soft = isinstance(router, BlockRouter) and router.mode != "hard"
+        options["block_map"] = "soft" if is_soft else "class"
+    if device is not None:
+        options["device"] = device
     text: str = torch.ops.sparline.explain(
-        q, k, _flatten(query_segments), _flatten(key_segments), spec, has_block_map
+        q,
+        k,
+        flatten(axes.query_segments),
+        flatten(axes.key_segments),
+        make_spec(options, backend),
     )
     return text
 
 
-def make_segments(
-    caller: str,
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens_q: Lengths | None,
-    cu_seqlens_k: Lengths | None,
-    protected_q: Spans,
-    protected_k: Spans,
-) -> tuple[list[Segment], list[Segment]]:
-    """Packed sequences and protected spans of both axes as segments; [] where there are neither."""
-    num_queries, num_keys = q.shape[2], k.shape[2]
-    if cu_seqlens_q is None and cu_seqlens_k is not None:
-        raise ValueError(
-            f"{caller}: cu_seqlens_k needs cu_seqlens_q. Pass both, or cu_seqlens_q alone when "
-            "they are equal."
-        )
-    spans_q, spans_k = list(protected_q), list(protected_k)
-    if cu_seqlens_q is None and not spans_q and not spans_k:
-        return [], []
-    offsets_q = _offsets(caller, "cu_seqlens_q", cu_seqlens_q, num_queries)
-    offsets_k = _offsets(
-        caller, "cu_seqlens_k", cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, num_keys
-    )
-    if len(offsets_q) != len(offsets_k):
-        raise ValueError(
-            f"{caller}: cu_seqlens_q and cu_seqlens_k must hold the same number of sequences, got "
-            f"{len(offsets_q) - 1} and {len(offsets_k) - 1}. Use zero-length sequences to align "
-            "them."
-        )
-    return (
-        _cut(caller, "protected_q", offsets_q, spans_q),
-        _cut(caller, "protected_k", offsets_k, spans_k),
-    )
+# One call ---------------------------------------------------------------------------------------
 
 
-def _offsets(caller: str, name: str, lengths: Lengths | None, length: int) -> list[int]:
-    if lengths is None:
-        return [0, length]
-    if isinstance(lengths, Tensor):
-        if lengths.device.type != "cpu" or lengths.is_floating_point() or lengths.dim() != 1:
-            raise ValueError(
-                f"{caller}: {name} must be a list of ints or a one-dimensional integer CPU "
-                f"tensor, got a {lengths.dtype} tensor of shape {tuple(lengths.shape)} on "
-                f"{lengths.device}. Convert it once with .tolist()."
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call after its arguments were checked; q, k and v as (B, H, N, D) views."""
+
+    qkv: tuple[Tensor, Tensor, Tensor]
+    recipe: Recipe
+    weights: Weights
+    axes: Axes
+    scale: float | None
+    backend: str | None
+    is_reference: bool
+
+    @staticmethod
+    def make(
+        caller: str,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        method: Method,
+        layout: str,
+        scale: float | None,
+        weights: Weights | None,
+        axes: tuple[Any, ...],
+        backend: str | None,
+    ) -> _Call:
+        arguments.check_method(caller, method)
+        q, k, v = (to_bhnd(caller, x, layout) for x in qkv)
+        arguments.check_qkv(caller, q, k, v)
+        arguments.check_scale(caller, scale)
+        weights = arguments.check_weights(
+            caller, method, Weights() if weights is None else weights, q, k
+        )
+        recipe = arguments.without_zero_projection(method.recipe, weights)
+        grid, *rest = axes
+        made = make_axes(caller, recipe, q.shape[2], k.shape[2], grid, *rest)
+        use_reference = picks_reference(caller, q, backend)
+        return _Call((q, k, v), recipe, weights, made, scale, backend, use_reference)
+
+    @property
+    def map_shape(self) -> tuple[int, int, int, int]:
+        q, k, _ = self.qkv
+        return (
+            q.shape[0],
+            q.shape[1],
+            _ops._num_blocks(q.shape[2], flatten(self.axes.query_segments), self.recipe.block_q),
+            _ops._num_blocks(k.shape[2], flatten(self.axes.key_segments), self.recipe.block_k),
+        )
+
+    @property
+    def blocks(self) -> tuple[list[reference.Block], list[reference.Block]]:
+        q, k, _ = self.qkv
+        return (
+            reference.make_blocks(self.axes.query_segments, q.shape[2], self.recipe.block_q),
+            reference.make_blocks(self.axes.key_segments, k.shape[2], self.recipe.block_k),
+        )
+
+    def route(self) -> Tiles:
+        q, k, _ = self.qkv
+        with torch.autocast(q.device.type, enabled=False):  # routers rank what comes in
+            return route_tiles(q, k, self.recipe, self.weights, self.axes, self.scale, self.backend)
+
+
+def _attend(call: _Call, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The operator: o, lse and, for in-loop methods, kept_bits and row_votes."""
+    q, k, v = call.qkv
+    recipe, axes = call.recipe, call.axes
+    weights = call.weights._replace(router_q=None, router_k=None)
+    if recipe.combine == "blend":
+        weights = weights._replace(alpha_logit=_alpha_rows(call))
+    tile_order = _tile_order(call)
+    if call.is_reference:
+        device_type = q.device.type
+        if torch.is_autocast_enabled(device_type) and q.dtype != torch.float64:
+            q, k, v = (x.to(torch.get_autocast_dtype(device_type)) for x in (q, k, v))
+        with torch.autocast(device_type, enabled=False):
+            return reference.attend(
+                q,
+                k,
+                v,
+                recipe,
+                tiles.block_map,
+                weights,
+                axes.query_segments,
+                axes.key_segments,
+                scale=call.scale,
+                tile_bits=tiles.bits,
+                bit_rows=tiles.bit_rows,
+                query_order=axes.order,
+                key_order=axes.order,
+                tile_order=tile_order,
             )
-        lengths = [int(offset) for offset in lengths.tolist()]
-    offsets = list(lengths)
-    if (
-        len(offsets) < 2
-        or offsets[0] != 0
-        or offsets[-1] != length
-        or any(a > b for a, b in itertools.pairwise(offsets))
-    ):
+    block_map = tiles.block_map
+    if block_map is not None and block_map.is_floating_point():
+        block_map = block_map.float()
+    order = operator_order(axes, q)
+    o, lse, kept_bits, row_votes = torch.ops.sparline.attend(
+        q,
+        k,
+        v,
+        block_map,
+        tiles.bits,
+        order,
+        order,
+        tile_order,
+        arguments.pack_weights(recipe, weights, q, k),
+        flatten(axes.query_segments),
+        flatten(axes.key_segments),
+        make_spec(arguments.attend_options(recipe, call.scale, tiles.bit_rows), call.backend),
+    )
+    return o, lse, kept_bits, row_votes
+
+
+def _tile_order(call: _Call) -> Tensor | None:
+    """The order in which an in-loop method visits key blocks, int32 (T_m, T_n); None ascends.
+
+    Each sequence has an order of its own; blocks of others, which are not visited, stand last.
+    """
+    skip = call.recipe.skip
+    if skip is None or skip.tile_order == "ascending":
+        return None
+    query_blocks, key_blocks = call.blocks
+    order = torch.empty(len(query_blocks), len(key_blocks), dtype=torch.int32)
+    for sequence in dict.fromkeys(block.sequence for block in query_blocks):
+        rows = [i for i, block in enumerate(query_blocks) if block.sequence == sequence]
+        columns = [j for j, block in enumerate(key_blocks) if block.sequence == sequence]
+        others = [j for j, block in enumerate(key_blocks) if block.sequence != sequence]
+        j = torch.arange(len(columns))
+        if skip.tile_order == "reverse":
+            distance = -j.double().expand(len(rows), -1)
+        else:  # outwards from the diagonal, the nearer first, the lower index first at a tie
+            i = torch.arange(len(rows), dtype=torch.float64)[:, None]
+            distance = (j - ((i + 0.5) * len(columns) / len(rows) - 0.5)).abs()
+            if skip.tile_order == "sink_first":
+                distance[:, :1] = -1.0
+        first = torch.tensor(columns, dtype=torch.long)[distance.argsort(dim=-1, stable=True)]
+        last = torch.tensor(others, dtype=torch.long).expand(len(rows), -1)
+        order[rows] = torch.cat([first, last], dim=1).to(torch.int32)
+    return order.to(call.qkv[0].device)
+
+
+def _alpha_rows(call: _Call) -> Tensor:
+    """alpha's logit for each row, (B, H, N_q): the learned values stretched to this length."""
+    q = call.qkv[0]
+    batch, num_heads, length = q.shape[:3]
+    logit = call.weights.alpha_logit
+    if logit is None:
+        return q.new_full((batch, num_heads, length), DEFAULT_ALPHA_LOGIT, dtype=torch.float32)
+    axes = call.axes
+    rows = rows_of(axes.query_segments, length, call.recipe.block_q, axes.order, q.device)
+    if logit.shape[1] == 1:
+        values = logit.expand(num_heads, length)
+    else:
+        # Learned for blocks or for tokens; interpolated within each sequence.
+        has_tokens = call.recipe.alpha_shape == "token"
+        values = logit[:, :0]
+        for sequence in dict.fromkeys(block.sequence for block in rows.blocks):
+            blocks = [b for b in rows.blocks if b.sequence == sequence]
+            wanted = sum(b.end - b.begin for b in blocks) if has_tokens else len(blocks)
+            values = torch.cat([values, stretch(logit, wanted)], dim=1)
+        if not has_tokens:
+            values = values[:, rows.block_of_row]
+    return values.expand(batch, num_heads, length)
+
+
+def stretch(values: Tensor, length: int) -> Tensor:
+    """(H, T) interpolated to (H, length), linearly, end points mapped onto each other."""
+    if values.shape[1] == length:
+        return values
+    return F.interpolate(values[None], size=length, mode="linear", align_corners=True)[0]
+
+
+# VSA's coarse branch ----------------------------------------------------------------------------
+
+
+def _named_gates(
+    gate_coarse: Tensor | None, gate_fine: Tensor | None
+) -> list[tuple[str, Tensor | None]]:
+    return [("gate_coarse", gate_coarse), ("gate_fine", gate_fine)]
+
+
+def _to_gate(name: str, gate: Tensor | None, q: Tensor, layout: str) -> Tensor | None:
+    if gate is None:
+        return None
+    gate = to_bhnd("attention", gate, layout)
+    if gate.shape != q.shape:
         raise ValueError(
-            f"{caller}: {name} must rise from 0 to the number of rows, {length}, got {offsets}. "
-            "It holds the start of every packed sequence and the end of the last."
+            f"attention: {name} must have the shape of q, {tuple(q.shape)} as (B, H, N, D), got "
+            f"{tuple(gate.shape)}. It is a gate for each token and channel."
         )
-    return offsets
+    return gate
 
 
-def _cut(caller: str, name: str, offsets: list[int], spans: list[tuple[int, int]]) -> list[Segment]:
-    """Segments between all borders; a span that crosses sequences is cut at their border."""
-    length = offsets[-1]
-    for begin, end in spans:
-        if not 0 <= begin <= end <= length:
-            raise ValueError(
-                f"{caller}: {name} must hold spans 0 <= begin <= end <= {length}, got ({begin}, "
-                f"{end}). Spans count rows of the whole axis, packed sequences included."
-            )
-    spans = [(begin, end) for begin, end in spans if begin < end]
-    segments = []
-    for sequence, (first, last) in enumerate(itertools.pairwise(offsets)):
-        inside = {first, last}
-        for begin, end in spans:
-            inside.update(row for row in (begin, end) if first < row < last)
-        borders = sorted(inside)
-        for begin, end in itertools.pairwise(borders):
-            is_protected = any(a <= begin and end <= b for a, b in spans)
-            segments.append(Segment(begin, end, sequence, is_protected))
+def _with_coarse_branch(
+    call: _Call, o_fine: Tensor, gate_coarse: Tensor | None, gate_fine: Tensor | None
+) -> Tensor:
+    """G_c o_c + G_f o_f, where o_c is dense attention among the block means, for all rows of a
+    block. Protected rows keep o_f."""
+    q, k, v = call.qkv
+    axes, recipe = call.axes, call.recipe
+    rows_q = rows_of(axes.query_segments, q.shape[2], recipe.block_q, axes.order, q.device)
+    rows_k = rows_of(axes.key_segments, k.shape[2], recipe.block_k, axes.order, k.device)
+    means = pool_rows(q, rows_q), pool_rows(k, rows_k), pool_rows(v, rows_k)
+    coarse = dataclasses.replace(
+        call,
+        qkv=means,
+        recipe=Recipe(recipe.block_q, recipe.block_k),
+        axes=Axes(_block_segments(rows_q.blocks), _block_segments(rows_k.blocks)),
+    )
+    with torch.autocast(q.device.type, enabled=False):
+        o_means = _attend(coarse, Tiles())[0]
+    o_coarse = o_means[:, :, rows_q.block_of_row].to(o_fine.dtype)
+    protected = torch.tensor([b.is_protected for b in rows_q.blocks], device=q.device)
+    protected = protected[rows_q.block_of_row][:, None]
+    coarse_term = o_coarse if gate_coarse is None else gate_coarse.to(o_fine.dtype) * o_coarse
+    fine_term = o_fine if gate_fine is None else gate_fine.to(o_fine.dtype) * o_fine
+    return torch.where(protected, o_fine, coarse_term + fine_term)
+
+
+def _block_segments(blocks: list[reference.Block]) -> list[reference.Segment]:
+    """One segment of block means for each sequence."""
+    counts: dict[int, int] = {}
+    for block in blocks:
+        counts[block.sequence] = counts.get(block.sequence, 0) + 1
+    segments, begin = [], 0
+    for sequence, count in counts.items():
+        segments.append(reference.Segment(begin, begin + count, sequence))
+        begin += count
     return segments
-
-
-def _flatten(segments: list[Segment]) -> list[int]:
-    return [
-        number for s in segments for number in (s.begin, s.end, s.sequence, int(s.is_protected))
-    ]
-
-
-def _to_bhnd(caller: str, x: Tensor, layout: str) -> Tensor:
-    if layout not in LAYOUTS:
-        raise ValueError(
-            f'{caller}: layout must be "bhnd" or "bnhd", got {layout!r}. It names the order of '
-            "batch, heads, rows and head dimension."
-        )
-    if x.dim() != 4:
-        raise ValueError(
-            f"{caller}: q, k and v must have four dimensions ({layout}), got shape "
-            f"{tuple(x.shape)}. Add the missing ones with unsqueeze or unflatten."
-        )
-    return x.transpose(1, 2) if layout == "bnhd" else x
-
-
-def _check_qkv(caller: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Refuses what no backend takes; limits of the kernels are theirs to refuse."""
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} as (B, H, N, D)"
-    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"{caller}: q, k and v must agree in batch and head_dim, and k and v in shape, got "
-            f"{shapes}. Check the layout argument."
-        )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"{caller}: the query heads must be a multiple of the key/value heads, got {shapes}. "
-            "Check the layout argument."
-        )
-    if min(q.shape) == 0 or min(k.shape) == 0:
-        raise ValueError(
-            f"{caller}: no dimension may be empty, got {shapes}. Skip the call instead."
-        )
-    if not (q.dtype == k.dtype == v.dtype) or not q.dtype.is_floating_point:
-        raise TypeError(
-            f"{caller}: q, k and v must have one floating dtype, got {q.dtype}, {k.dtype}, "
-            f"{v.dtype}. Cast them to the same one."
-        )
-    if not (q.device == k.device == v.device):
-        raise ValueError(
-            f"{caller}: q, k and v must be on one device, got {q.device}, {k.device}, {v.device}. "
-            "Move them together."
-        )
-
-
-def _check_weights(method: Method, weights: SLAWeights, q: Tensor, k: Tensor) -> SLAWeights:
-    """The weights, after checks: each has the right shape, and the method uses it."""
-    num_heads, num_kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[3]
-    shapes = {
-        "proj_weight": (head_dim, head_dim),
-        "proj_bias": (head_dim,),
-        "feature_weight_q": (num_heads, head_dim, head_dim),
-        "feature_bias_q": (num_heads, head_dim),
-        "feature_weight_k": (num_kv_heads, head_dim, head_dim),
-        "feature_bias_k": (num_kv_heads, head_dim),
-    }
-    uses_proj = isinstance(method, SLA) and method.combine == "projection"
-    uses_features = isinstance(method, SLA) and method.has_feature_weights
-    for name, shape in shapes.items():
-        weight: Tensor | None = getattr(weights, name)
-        if weight is None:
-            continue
-        if not (uses_proj if name.startswith("proj") else uses_features):
-            raise ValueError(
-                f"attention: {name} was given, but {method} does not use it. Leave it None, or "
-                'choose combine="projection" or a hedgehog feature_map.'
-            )
-        if tuple(weight.shape) != shape:
-            raise ValueError(
-                f"attention: {name} must have shape {shape}, got {tuple(weight.shape)}. Hedgehog "
-                "weights are per query head (_q) and per key/value head (_k)."
-            )
-    if weights.proj_bias is not None and weights.proj_weight is None:
-        raise ValueError("attention: proj_bias needs proj_weight. Pass both, or neither.")
-    if uses_features and (weights.feature_weight_q is None or weights.feature_weight_k is None):
-        raise ValueError(
-            "attention: the hedgehog feature maps need feature_weight_q and feature_weight_k. "
-            "Pass weights=SLAWeights(...), or use sparline.nn.SLA, which holds them."
-        )
-    return weights
-
-
-def _check_block_map(
-    block_map: Tensor,
-    method: Method,
-    q: Tensor,
-    k: Tensor,
-    query_segments: list[Segment],
-    key_segments: list[Segment],
-) -> Tensor:
-    if isinstance(method, Dense):
-        raise ValueError(
-            'attention: Dense takes no block_map. Use SLA(combine="sparse") for block-sparse '
-            "attention."
-        )
-    if block_map.dtype not in (torch.int8, torch.bool):
-        raise TypeError(
-            "attention: block_map must be int8 (1, 0, -1) or bool (critical or not), got "
-            f"{block_map.dtype}. Convert it with .to(torch.int8)."
-        )
-    shape = (
-        q.shape[0],
-        q.shape[1],
-        _ops._num_blocks(q.shape[2], _flatten(query_segments), method.block_q),
-        _ops._num_blocks(k.shape[2], _flatten(key_segments), method.block_k),
-    )
-    if block_map.dim() > 4 or any(
-        given not in (1, wanted)
-        for given, wanted in zip(reversed(block_map.shape), reversed(shape), strict=False)
-    ):
-        raise ValueError(
-            f"attention: block_map must broadcast to (B, H, T_m, T_n) = {shape}, got "
-            f"{tuple(block_map.shape)}. Blocks are {method.block_q} x {method.block_k} rows and "
-            "stop at every segment's end."
-        )
-    block_map = block_map.to(torch.int8).expand(shape)
-    return block_map if block_map.stride(-1) == 1 else block_map.contiguous()
-
-
-def _attend_options(
-    caller: str, method: Method, weights: SLAWeights | None, scale: float | None
-) -> dict[str, Any]:
-    """What to compute: keyword arguments of ``reference.attend``, and the operators' spec."""
-    _check_scale(caller, scale)
-    options: dict[str, Any] = {
-        "block_q": method.block_q,
-        "block_k": method.block_k,
-        "scale": 0.0 if scale is None else float(scale),
-    }
-    if isinstance(method, Dense):
-        return {**options, "combine": "sparse"}
-    combine = method.combine
-    if combine == "projection" and weights is not None and weights.proj_weight is None:
-        combine = "sparse"  # the projection at its zero initialisation
-    return {
-        **options,
-        "combine": combine,
-        "feature_map": method.feature_map,
-        "linear_scope": method.linear_scope,
-        "epsilon": method.resolved_epsilon,
-    }
-
-
-def _check_scale(caller: str, scale: float | None) -> None:
-    if scale is not None and not 0.0 < scale < math.inf:
-        raise ValueError(
-            f"{caller}: scale must be positive and finite, got {scale}. Pass None for 1 / "
-            "sqrt(head_dim)."
-        )
-
-
-def _route(
-    q: Tensor,
-    k: Tensor,
-    method: SLA,
-    scale: float | None,
-    query_segments: list[Segment],
-    key_segments: list[Segment],
-    backend: str | None,
-) -> Tensor:
-    _check_scale("route", scale)
-    options: dict[str, Any] = {
-        "block_q": method.block_q,
-        "block_k": method.block_k,
-        "scale": 0.0 if scale is None else float(scale),
-        "critical_ratio": float(method.keep_ratio),
-        "negligible_ratio": float(method.negligible_ratio),
-        "count_rounding": method.count_rounding,
-        "smooth_k": method.smooth_k == "router",  # under "all" the keys come smoothed
-    }
-    q, k = q.detach(), k.detach()
-    if _picks_reference("route", q, backend):
-        with torch.autocast(q.device.type, enabled=False):
-            return reference.route(q, k, query_segments, key_segments, **options)
-    block_class: Tensor = torch.ops.sparline.route(
-        q, k, _flatten(query_segments), _flatten(key_segments), _spec(options, backend)
-    )
-    return block_class
-
-
-def _spec(options: dict[str, Any], backend: str | None) -> str:
-    """``key=value`` pairs for the operators; floats keep every digit."""
-    if torch.compiler.is_compiling():  # numbers that dynamic shapes made symbols become constants
-        from torch.fx.experimental.symbolic_shapes import guard_scalar
-
-        options = {k: x if isinstance(x, str) else guard_scalar(x) for k, x in options.items()}
-    items = [f"{key}={int(x) if isinstance(x, bool) else x}" for key, x in options.items()]
-    return " ".join(items if backend is None else [*items, f"backend={backend}"])
-
-
-def _pack_weights(method: Method, weights: SLAWeights, q: Tensor, k: Tensor) -> list[Tensor]:
-    """The operators' form: [], or all six in order, float32 and contiguous, absent ones empty."""
-    if all(weight is None for weight in weights):
-        return []
-    if isinstance(method, SLA) and method.has_feature_weights:  # y = x W^T + b, with b = 0
-        shape_q, shape_k = (q.shape[1], q.shape[3]), (k.shape[1], k.shape[3])
-        if weights.feature_bias_q is None:
-            weights = weights._replace(feature_bias_q=q.new_zeros(shape_q, dtype=torch.float32))
-        if weights.feature_bias_k is None:
-            weights = weights._replace(feature_bias_k=k.new_zeros(shape_k, dtype=torch.float32))
-    absent = torch.empty(0, dtype=torch.float32, device=q.device)
-    return [absent if weight is None else weight.float().contiguous() for weight in weights]
-
-
-def _picks_reference(caller: str, q: Tensor, backend: str | None) -> bool:
-    """Whether plain PyTorch runs the call; else makes sure that the kernels can be called."""
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(
-            f"{caller}: backend must be None, {', '.join(repr(name) for name in BACKENDS)}, got "
-            f"{backend!r}. None takes the best that fits."
-        )
-    if (os.environ.get("SPARLINE_BACKEND") or backend) == "reference":
-        return True
-    _ops.require()
-    _ops.refuse_transforms(caller)
-    if q.dtype == torch.float64:
-        raise TypeError(
-            f"{caller}: the kernels take float32, bfloat16 or float16, got {q.dtype}. Cast q, k "
-            'and v, or pass backend="reference".'
-        )
-    return False

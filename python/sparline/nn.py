@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that hold a method's learned tensors: ``SLA``, and ``SparseLinearAttention``."""
+"""Modules that hold a method's learned tensors, and the drop-in ``SparseLinearAttention``."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import functional, methods
-from .functional import Lengths, Spans
-from .reference import SLAWeights
+from .reference import Weights
+from .tokens import make_axes
 
-__all__ = ["SLA", "SparseLinearAttention"]
+__all__ = ["SLA", "SLA2", "VSA", "Attention", "SparseLinearAttention", "module_for"]
 
 
 def _zero_projection(head_dim: int) -> nn.Linear:
@@ -35,14 +36,42 @@ class HeadwiseLinear(nn.Module):
         )  # (heads, D)
 
 
-class SLA(nn.Module):
+class Attention(nn.Module):
+    """``sparline.attention`` with a method and its learned tensors.
+
+    Casting such a module (``model.to(torch.bfloat16)``) is safe: weights are cast to float32 at
+    every call.
+    """
+
+    def __init__(self, method: methods.Method, head_dim: int, num_heads: int | None) -> None:
+        super().__init__()
+        self.method = method
+        self.head_dim = head_dim
+        self.num_heads = num_heads
+
+    def weights(self) -> Weights:
+        """The parameters in the form that ``sparline.attention`` takes."""
+        return Weights()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Any:
+        """Arguments and result as in ``sparline.attention``, without ``method`` and ``weights``."""
+        return functional.attention(
+            q, k, v, method=self.method, weights=self.weights(), **arguments
+        )
+
+    def extra_repr(self) -> str:
+        return f"head_dim={self.head_dim}, method={self.method}"
+
+
+class SLA(Attention):
     """``sparline.attention`` with the learned tensors of an ``sparline.SLA`` method.
 
     Parameters, float32: ``proj_l.weight`` and ``proj_l.bias``, zero (with
     ``combine="projection"``); ``feature_map_q.{weight,bias}`` and ``feature_map_k.{weight,bias}``,
-    identity and zero (hedgehog maps). Casting the module (``model.to(torch.bfloat16)``) is safe:
-    weights are cast to float32 at every call.
+    identity and zero (hedgehog maps).
     """
+
+    method: methods.SLA
 
     def __init__(
         self,
@@ -51,39 +80,131 @@ class SLA(nn.Module):
         num_kv_heads: int | None = None,
         method: methods.SLA = methods.SLA(),  # noqa: B008 (frozen)
     ) -> None:
-        super().__init__()
-        if not isinstance(method, methods.SLA):
-            raise TypeError(
-                f"sparline.nn.SLA: method must be sparline.SLA, got {method!r}. Dense attention "
-                "has no weights: call sparline.attention."
-            )
-        self.head_dim = head_dim
-        self.num_heads = num_heads
+        _check_kind("SLA", method, methods.SLA)
+        super().__init__(method, head_dim, num_heads)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.method = method
         self.proj_l = _zero_projection(head_dim) if method.combine == "projection" else None
-        self.feature_map_q: HeadwiseLinear | None = None
-        self.feature_map_k: HeadwiseLinear | None = None
-        if method.has_feature_weights:
-            if num_heads is None or self.num_kv_heads is None:
-                raise ValueError(
-                    f"sparline.nn.SLA: feature_map {method.feature_map!r} has weights per head "
-                    "and needs num_heads, got None. Pass the number of query heads."
-                )
-            self.feature_map_q = HeadwiseLinear(num_heads, head_dim)
-            self.feature_map_k = HeadwiseLinear(self.num_kv_heads, head_dim)
+        self.feature_map_q, self.feature_map_k = _feature_maps(
+            method, head_dim, num_heads, self.num_kv_heads
+        )
 
-    def weights(self) -> SLAWeights:
-        """The parameters in the form that ``sparline.attention`` takes."""
-        proj, map_q, map_k = self.proj_l, self.feature_map_q, self.feature_map_k
-        return SLAWeights(
+    def weights(self) -> Weights:
+        proj = self.proj_l
+        return Weights(
             proj_weight=None if proj is None else proj.weight,
             proj_bias=None if proj is None else proj.bias,
-            feature_weight_q=None if map_q is None else map_q.weight,
-            feature_bias_q=None if map_q is None else map_q.bias,
-            feature_weight_k=None if map_k is None else map_k.weight,
-            feature_bias_k=None if map_k is None else map_k.bias,
+            **_feature_weights(self.feature_map_q, self.feature_map_k),
         )
+
+
+class SLA2(Attention):
+    """``sparline.attention`` with the learned tensors of an ``sparline.SLA2`` method.
+
+    Parameters, float32: ``router.proj_q.weight`` and ``router.proj_k.weight`` (D, D), or
+    (H, D, D) with ``router_per_head``, identity: the router starts as SLA's, and is frozen while
+    it is hard. ``alpha_logit``
+    (H, T), alpha = sigmoid of it, 0.9; ``init_alpha`` measures it instead. Feature maps as in
+    ``SLA``.
+    """
+
+    method: methods.SLA2
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        method: methods.SLA2 = methods.SLA2(),  # noqa: B008 (frozen)
+    ) -> None:
+        _check_kind("SLA2", method, methods.SLA2)
+        super().__init__(method, head_dim, num_heads)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.router = Router(head_dim, num_heads if method.router_per_head else None)
+        num_alphas = 1 if method.alpha_shape == "head" else method.num_alphas
+        self.alpha_logit = nn.Parameter(
+            torch.full((num_heads, num_alphas), functional.DEFAULT_ALPHA_LOGIT)
+        )
+        self.feature_map_q, self.feature_map_k = _feature_maps(
+            method, head_dim, num_heads, self.num_kv_heads
+        )
+        self.router.requires_grad_(method.router_mode != "hard")
+
+    def weights(self) -> Weights:
+        return Weights(
+            alpha_logit=self.alpha_logit,
+            router_q=self.router.proj_q.weight,
+            router_k=self.router.proj_k.weight,
+            **_feature_weights(self.feature_map_q, self.feature_map_k),
+        )
+
+    def is_frozen(self, name: str) -> bool:
+        """Whether nothing can train this parameter now: the router's, while it is hard."""
+        return name.startswith("router.") and self.method.router_mode == "hard"
+
+    def set_stage(self, stage: int) -> None:
+        """1: the soft router and alpha train, on q, k, v of the dense model. 2: the hard router is
+        frozen, alpha trains with the rest of the model (SLA2, section 7)."""
+        if stage not in (1, 2):
+            raise ValueError(f"SLA2.set_stage: stage must be 1 or 2, got {stage!r}.")
+        mode = "soft" if stage == 1 else "hard"
+        self.method = dataclasses.replace(self.method, router_mode=mode)
+        self.router.requires_grad_(stage == 1)
+        self.alpha_logit.requires_grad_(True)
+
+    @torch.no_grad()
+    def init_alpha(self, q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> None:
+        """Sets alpha to what it stands for: the share of the dense softmax that falls on critical
+        blocks, averaged over the batch and the rows of each value's stretch.
+
+        Arguments as in ``forward``. One sequence, without protected spans.
+        """
+        segments = {"cu_seqlens_q", "cu_seqlens_k", "protected_q", "protected_k"}
+        if given := sorted(segments & set(arguments)):
+            raise ValueError(
+                f"SLA2.init_alpha: it measures one sequence without protected spans, got "
+                f"{', '.join(given)}. Pass the sequences one by one."
+            )
+        hard = dataclasses.replace(self.method, router_mode="hard", low_bit=None)
+        # Both over smoothed keys: the mean key would shift one lse against the other.
+        every = dataclasses.replace(hard, keep_ratio=1.0)
+        options = {**arguments, "weights": self.weights(), "return_lse": True}
+        _, sparse = functional.attention(q, k, v, method=hard, **options)
+        _, full = functional.attention(q, k, v, method=every, **options)
+        mass = (sparse - full).exp().mean(dim=0)  # (H, N), in memory order
+        if self.method.alpha_shape == "block" and (grid := arguments.get("grid")) is not None:
+            axes = make_axes(
+                "init_alpha", hard.recipe, mass.shape[1], mass.shape[1], grid, None, None, (), ()
+            )
+            mass = mass if axes.order is None else mass[:, axes.order.to(mass.device)]
+        pooled = nn.functional.adaptive_avg_pool1d(mass, self.alpha_logit.shape[1])
+        self.alpha_logit.copy_(pooled.clamp(1e-4, 1.0 - 1e-4).logit())
+
+
+class VSA(Attention):
+    """``sparline.attention`` with the gates of an ``sparline.VSA`` method, linear maps of the layer
+    input.
+
+    Parameters: ``gate_coarse.weight`` and ``.bias``, zero, so that a dense model starts from its
+    block-sparse self; ``gate_fine`` likewise where ``has_fine_gate``, starting at 1.
+    """
+
+    method: methods.VSA
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_heads: int,
+        hidden_dim: int,
+        method: methods.VSA = methods.VSA(),  # noqa: B008 (frozen)
+        *,
+        has_fine_gate: bool = False,
+    ) -> None:
+        _check_kind("VSA", method, methods.VSA)
+        super().__init__(method, head_dim, num_heads)
+        self.gate_coarse = _zero_gate(hidden_dim, num_heads * head_dim)
+        self.gate_fine = _zero_gate(hidden_dim, num_heads * head_dim) if has_fine_gate else None
+        if self.gate_fine is not None:
+            nn.init.ones_(self.gate_fine.bias)
 
     def forward(
         self,
@@ -91,34 +212,108 @@ class SLA(nn.Module):
         k: Tensor,
         v: Tensor,
         *,
-        layout: str = "bhnd",
-        scale: float | None = None,
-        block_map: Tensor | None = None,
-        cu_seqlens_q: Lengths | None = None,
-        cu_seqlens_k: Lengths | None = None,
-        protected_q: Spans = (),
-        protected_k: Spans = (),
-        backend: str | None = None,
-    ) -> Tensor:
-        """Arguments and result as in ``sparline.attention``."""
+        hidden_states: Tensor | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """``hidden_states`` (B, N, hidden_dim) is the input of the layer; the rest is as in
+        ``sparline.attention``."""
+        if hidden_states is None:
+            raise TypeError(
+                "sparline.nn.VSA: hidden_states must be given: the gates are maps of the layer "
+                "input. Pass hidden_states=x, (B, N, hidden_dim)."
+            )
+        is_bhnd = arguments.get("layout", "bhnd") == "bhnd"
+        num_heads = q.shape[1 if is_bhnd else 2]
+
+        def gate(linear: nn.Linear | None) -> Tensor | None:
+            if linear is None:
+                return None
+            weight, bias = (x.to(hidden_states.dtype) for x in (linear.weight, linear.bias))
+            values = nn.functional.linear(hidden_states, weight, bias)
+            values = torch.unflatten(values, -1, (num_heads, self.head_dim))
+            return values.transpose(1, 2) if is_bhnd else values
+
         return functional.attention(
             q,
             k,
             v,
             method=self.method,
-            layout=layout,
-            scale=scale,
-            block_map=block_map,
-            weights=self.weights(),
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            protected_q=protected_q,
-            protected_k=protected_k,
-            backend=backend,
+            gate_coarse=gate(self.gate_coarse),
+            gate_fine=gate(self.gate_fine),
+            **arguments,
         )
 
-    def extra_repr(self) -> str:
-        return f"head_dim={self.head_dim}, method={self.method}"
+
+class Router(nn.Module):
+    """SLA2's learned router: y = x W^T on pooled queries and pooled keys, identity at first."""
+
+    def __init__(self, head_dim: int, num_heads: int | None) -> None:
+        super().__init__()
+        self.proj_q = _Matrix(head_dim, num_heads)
+        self.proj_k = _Matrix(head_dim, num_heads)
+
+
+class _Matrix(nn.Module):
+    """W (D, D), or (H, D, D)."""
+
+    def __init__(self, head_dim: int, num_heads: int | None) -> None:
+        super().__init__()
+        identity = torch.eye(head_dim, dtype=torch.float32)
+        if num_heads is not None:
+            identity = identity.expand(num_heads, -1, -1)
+        self.weight = nn.Parameter(identity.clone())
+
+
+def module_for(
+    method: methods.Method, *, head_dim: int, num_heads: int, hidden_dim: int
+) -> Attention:
+    """The module that holds what ``method`` learns; one without parameters if that is nothing."""
+    if isinstance(method, methods.SLA):
+        return SLA(head_dim, num_heads, method=method)
+    if isinstance(method, methods.SLA2):
+        return SLA2(head_dim, num_heads, method=method)
+    if isinstance(method, methods.VSA):
+        return VSA(head_dim, num_heads, hidden_dim, method=method)
+    return Attention(method, head_dim, num_heads)
+
+
+def _check_kind(owner: str, method: object, kind: type[methods.Method]) -> None:
+    if not isinstance(method, kind):
+        raise TypeError(
+            f"sparline.nn.{owner}: method must be sparline.{kind.__name__}, got {method!r}. "
+            "module_for(method, ...) makes the module of any method."
+        )
+
+
+def _feature_maps(
+    method: methods.Method, head_dim: int, num_heads: int | None, num_kv_heads: int | None
+) -> tuple[HeadwiseLinear | None, HeadwiseLinear | None]:
+    if not method.recipe.has_feature_weights:
+        return None, None
+    if num_heads is None or num_kv_heads is None:
+        raise ValueError(
+            f"sparline.nn: feature_map {method.recipe.feature_map!r} has weights per head and "
+            "needs num_heads, got None. Pass the number of query heads."
+        )
+    return HeadwiseLinear(num_heads, head_dim), HeadwiseLinear(num_kv_heads, head_dim)
+
+
+def _feature_weights(
+    map_q: HeadwiseLinear | None, map_k: HeadwiseLinear | None
+) -> dict[str, Tensor | None]:
+    return {
+        "feature_weight_q": None if map_q is None else map_q.weight,
+        "feature_bias_q": None if map_q is None else map_q.bias,
+        "feature_weight_k": None if map_k is None else map_k.weight,
+        "feature_bias_k": None if map_k is None else map_k.bias,
+    }
+
+
+def _zero_gate(hidden_dim: int, inner_dim: int) -> nn.Linear:
+    gate = nn.Linear(hidden_dim, inner_dim, dtype=torch.float32)
+    nn.init.zeros_(gate.weight)
+    nn.init.zeros_(gate.bias)
+    return gate
 
 
 class SparseLinearAttention(nn.Module):
@@ -206,7 +401,7 @@ class SparseLinearAttention(nn.Module):
             method=self.method,
             layout=self.layout,
             block_map=block_map,
-            weights=SLAWeights(proj_weight=self.proj_l.weight, proj_bias=self.proj_l.bias),
+            weights=Weights(proj_weight=self.proj_l.weight, proj_bias=self.proj_l.bias),
             backend=self.backend,
         ).to(q.dtype)
         if not return_sparsity:

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators inside PyTorch: opcheck, compile, checkpointing, autocast, functorch."""
 
+from collections.abc import Callable
 from typing import Any
 
+import cases
 import pytest
 import torch
 import torch._dynamo.testing
-from cases import CASES, Case, make_inputs, run
+from cases import CASES, make_inputs, run
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -15,18 +18,13 @@ from torch.utils.checkpoint import (
 )
 
 import sparline
-from sparline import SLA, Dense, SLAWeights
-from sparline.functional import _flatten, make_segments
+from sparline import SLA, Dense, Weights
 
 BLOCKS = {"block_q": 16, "block_k": 16}
-SPEC = (
-    "block_q=16 block_k=16 scale=0 combine=projection feature_map=hedgehog linear_scope=complement "
-    "epsilon=0"
-)
 ROUTE_SPEC = (
-    "block_q=16 block_k=16 critical_ratio=0.4 negligible_ratio=0.1 count_rounding=floor smooth_k=1"
+    "block_q=16 block_k=16 critical_ratio=0.4 negligible_ratio=0.1 count_rounding=floor "
+    "smooth_router=1"
 )
-EMPTY = torch.empty(0)
 
 
 def qkv(
@@ -45,58 +43,105 @@ def op_weights(requires_grad: bool = False) -> list[Tensor]:
     ]
 
 
-def segments() -> tuple[list[int], list[int]]:
-    q, k, _ = qkv()
-    pair = make_segments("test", q, k, [0, 17, 40], [0, 30, 50], [(0, 5)], [(0, 5)])
-    return _flatten(pair[0]), _flatten(pair[1])
+class Recorder(TorchDispatchMode):
+    """Notes every call of our operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "sparline":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_opcheck(packed: bool) -> None:
+def recorded(name: str) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The operator calls that a case makes, forward and backward, with their arguments."""
+    case = CASES[name]
+    with Recorder() as recorder:
+        run(case, make_inputs(case), "cpu")
+    return recorder.calls
+
+
+def each_tensor(args: tuple[Any, ...], change: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+    return tuple(
+        change(x)
+        if isinstance(x, Tensor)
+        else [change(w) for w in x]
+        if isinstance(x, list) and x and isinstance(x[0], Tensor)
+        else x
+        for x in args
+    )
+
+
+# Between them every operator, every optional argument and every optional result.
+EVERY_OPERAND = [
+    "dense-packed",
+    "gqa-hedgehog",
+    "packed-protected",
+    "sla2-softmax-hard",
+    "sla2-packed-protected-soft",
+    "dynsparse-reverse",
+    "sla-cubes-packed",
+    "vmoba-2d-head_global",
+    "low-bit-sla2",
+]
+
+
+@pytest.mark.parametrize("name", EVERY_OPERAND)
+def test_opcheck(name: str) -> None:
     """Schema, autograd registration, fakes, and AOT dispatch with static and dynamic shapes."""
-    query_segments, key_segments = segments() if packed else ([], [])
-    q, k, v = qkv()
-    route_args = (q, k, query_segments, key_segments, ROUTE_SPEC)
-    torch.library.opcheck(torch.ops.sparline.route, route_args)
-    block_class = torch.ops.sparline.route(*route_args)
-    q, k, v = qkv(requires_grad=True)
-    weights = op_weights(requires_grad=True)
-    args = (q, k, v, block_class, weights, query_segments, key_segments, SPEC)
-    torch.library.opcheck(torch.ops.sparline.attend, args)
-    plain = SPEC.replace("projection", "sparse")
-    torch.library.opcheck(
-        torch.ops.sparline.attend, (q, k, v, None, [], query_segments, key_segments, plain)
-    )
-    with torch.no_grad():
-        o, lse = torch.ops.sparline.attend(*args)
-        args = (torch.randn_like(o), q, k, v, o, lse, *args[3:])
-        args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
-        weights = [w.detach() for w in weights]
-    torch.library.opcheck(
-        torch.ops.sparline.attend_backward,
-        (*args[:7], weights, query_segments, key_segments, SPEC),
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-    )
+    for op, args in recorded(name):
+        args = each_tensor(args, Tensor.detach)
+        is_backward = op.name().endswith("_backward")
+        if not is_backward and op is not torch.ops.sparline.route.default:
+            args = each_tensor(args, lambda x: x.requires_grad_() if x.is_floating_point() else x)
+        tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        if not is_backward:
+            tests += ("test_autograd_registration",)
+        torch.library.opcheck(op, args, test_utils=tests)
 
 
-def test_fakes_keep_strides() -> None:
+@pytest.mark.parametrize("name", [*EVERY_OPERAND, "bnhd", "padded"])
+def test_fakes_keep_strides(name: str) -> None:
     """What the fakes promise about shape, dtype and strides is what the kernels return."""
-    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv())
-    args = (q, k, v, None, [], [], [], "block_q=16 block_k=16 combine=sparse")
-    real = torch.ops.sparline.attend(*args)
-    real += torch.ops.sparline.attend_backward(torch.ones_like(q), q, k, v, *real, *args[3:])[:3]
-    with torch._subclasses.FakeTensorMode() as mode:
-        fake_args = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in args]
-        q, k, v = fake_args[:3]
-        fake = torch.ops.sparline.attend(*fake_args)
-        fake += torch.ops.sparline.attend_backward(
-            torch.ones_like(q), q, k, v, *fake, *fake_args[3:]
-        )[:3]
-    for a, b in zip(real, fake, strict=True):
-        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+    for op, args in recorded(name):
+        real = op(*args)
+        with torch._subclasses.FakeTensorMode() as mode:
+            fake = op(*each_tensor(args, mode.from_tensor))
+        real, fake = (
+            [x for part in (y if isinstance(y, tuple) else (y,)) for x in _flat(part)]
+            for y in (real, fake)
+        )
+        for a, b in zip(real, fake, strict=True):
+            assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
-COMPILED = ["dense", "sla-paper", "gqa-hedgehog", "bnhd", "packed-protected", "smooth-all"]
+def _flat(x: Any) -> list[Tensor]:
+    return [x] if isinstance(x, Tensor) else list(x)
+
+
+COMPILED = [
+    "dense",
+    "sla-paper",
+    "gqa-hedgehog",
+    "bnhd",
+    "packed-protected",
+    "smooth-all",
+    "sla2-softmax-hard",
+    "sla2-packed-protected-soft",
+    "top-p",
+    "sparge",
+    "dynsparse-reverse",
+    "dense-cubes",
+    "vsa-gates",
+    "vmoba-1d-query_head",
+    "vmoba-2d-head_global",
+    "vmoba-block",
+    "low-bit-sla2",
+    "low-bit-dynsparse",
+]
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -141,7 +186,12 @@ def test_compile_two_methods() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(sparline.attention, fullgraph=True, backend="aot_eager")
     q, k, v = qkv()
-    for method in (SLA(keep_ratio=0.4), SLA(keep_ratio=0.7, block_q=16), Dense(32, 16)):
+    for method in (
+        SLA(keep_ratio=0.4),
+        SLA(keep_ratio=0.7, block_q=16),
+        Dense(32, 16),
+        sparline.DynSparse(-2.0, 16, 16),
+    ):
         for scale in (None, 0.3):
             expected = sparline.attention(q, k, v, method=method, scale=scale)
             assert torch.equal(compiled(q, k, v, method=method, scale=scale), expected)
@@ -190,7 +240,7 @@ def test_selective_checkpointing_by_op(save: bool) -> None:
     calls = 0
     attend = torch.ops.sparline.attend.default
 
-    class Counter(torch.utils._python_dispatch.TorchDispatchMode):
+    class Counter(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
@@ -227,7 +277,7 @@ def test_autocast(backend: str) -> None:
     """q, k and v are cast, weights are not, and gradients come back in the incoming dtype."""
     method = SLA(keep_ratio=0.4, **BLOCKS)
     q, k, v = qkv(requires_grad=True)
-    weights = SLAWeights(*op_weights(requires_grad=True)[:2])
+    weights = Weights(*op_weights(requires_grad=True)[:2])
     block_map = sparline.route(q, k, method=method, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         o, lse = sparline.attention(
@@ -293,7 +343,9 @@ def test_functional_transforms_are_refused() -> None:
         with pytest.raises(NotImplementedError, match="reverse-mode autograd only"):
             loss(dual)
     with pytest.raises(NotImplementedError, match="reshape the extra dimension into the batch"):
-        torch.func.vmap(lambda q: torch.ops.sparline.route(q, k, [], [], ROUTE_SPEC))(q[None])
+        torch.func.vmap(lambda q: torch.ops.sparline.route(q, k, *[None] * 4, [], [], ROUTE_SPEC))(
+            q[None]
+        )
 
 
 def test_reference_takes_functional_transforms() -> None:
@@ -309,7 +361,7 @@ def test_reference_takes_functional_transforms() -> None:
 def test_partial_gradients() -> None:
     """Gradients of any subset of the inputs, and of expanded (stride 0) output gradients."""
     method = SLA(keep_ratio=0.4, **BLOCKS)
-    weights = SLAWeights(*op_weights()[:2])
+    weights = Weights(*op_weights()[:2])
     full = qkv(requires_grad=True)
     o = sparline.attention(*full, method=method, weights=weights)
     expected = torch.autograd.grad(o, full, torch.ones_like(o))
@@ -336,5 +388,5 @@ def test_inference_mode_and_no_grad() -> None:
 
 def test_case_prints_as_python() -> None:
     """A failure can be pasted back."""
-    case = CASES["packed-protected"]
-    assert eval(repr(case), {"Case": Case, "SLA": SLA, "Dense": Dense}) == case
+    for case in CASES.values():
+        assert eval(repr(case), vars(cases)) == case

@@ -5,13 +5,15 @@ Inputs are small integers in power-of-two blocks, so that scores are exact on ev
 are real ties.
 """
 
+import math
+
 import oracle
 import pytest
 import torch
 from torch import Tensor
 
 import sparline
-from sparline import SLA
+from sparline import SLA, SLA2, VSA, Grid, VMoBA, Weights
 
 
 def rows_of_scores(scores: list[float], rows: int = 16) -> tuple[Tensor, Tensor]:
@@ -212,3 +214,184 @@ def test_grouped_heads_share_keys(backend: str) -> None:
     grouped = sparline.route(q, k, method=method, backend=backend)
     repeated = sparline.route(q, k.repeat_interleave(3, 1), method=method, backend=backend)
     assert torch.equal(grouped, repeated)
+
+
+# Other selections -------------------------------------------------------------------------------
+
+# Shares of exp(score) over ln 8, 4, 2, 1, 1: 1/2, 1/4, 1/8, 1/16, 1/16.
+HALVES = [math.log(2.0), math.log(8.0), 0.0, math.log(4.0), 0.0]
+
+
+@pytest.mark.parametrize(
+    ("mass", "longest", "expected"),
+    [
+        (0.49, False, [0, 1, 0, 0, 0]),
+        (0.6, False, [0, 1, 0, 1, 0]),
+        (0.8, False, [1, 1, 0, 1, 0]),
+        (0.9, False, [1, 1, 1, 1, 0]),  # the tie goes to the lower index
+        (1.0, False, [1, 1, 1, 1, 1]),
+        (0.0, False, [0, 1, 0, 0, 0]),
+        (0.49, True, [0, 1, 0, 0, 0]),  # at least one
+        (0.6, True, [0, 1, 0, 0, 0]),
+        (0.8, True, [0, 1, 0, 1, 0]),
+        (0.9, True, [1, 1, 0, 1, 0]),
+        (1.0, True, [1, 1, 1, 1, 1]),
+    ],
+)
+def test_top_p(mass: float, longest: bool, expected: list[int], backend: str) -> None:
+    """The fewest blocks with the mass; or, as SpargeAttn's code, the most that stay below it."""
+    options = {"keep_mass": mass, "longest_prefix": longest, "negligible_ratio": 0.0}
+    assert classes(HALVES, backend, selection="top_p", **options) == expected
+
+
+@pytest.mark.parametrize(
+    ("selection", "ratio", "mass", "count"),
+    [
+        ("union", 0.2, 0.8, 3),
+        ("union", 0.8, 0.6, 4),
+        ("intersection", 0.2, 0.8, 1),
+        ("intersection", 0.8, 0.6, 2),
+        ("intersection", 0.0, 0.0, 1),
+    ],
+)
+def test_top_k_and_top_p(
+    selection: str, ratio: float, mass: float, count: int, backend: str
+) -> None:
+    got = classes(
+        HALVES,
+        backend,
+        selection=selection,
+        keep_ratio=ratio,
+        keep_mass=mass,
+        negligible_ratio=0.4,
+    )
+    assert [got[j] for j in (1, 3, 0, 2, 4)][:count] == [1] * count
+    assert got.count(1) == count
+    assert got.count(-1) == min(2, 5 - count)
+
+
+def test_mass_counts_scores_with_scale(backend: str) -> None:
+    """At half the scale the best block has too little mass."""
+    q, k = rows_of_scores([2 * x for x in HALVES])
+    method = SLA.top_p(keep_mass=0.49, block_q=16, block_k=16, smooth_k="none")
+    for scale, count in ((0.5, 1), (0.25, 2)):
+        block_map = sparline.route(q, k, method=method, scale=scale, backend=backend)
+        assert (block_map == 1).sum() == count
+
+
+def test_unlike_blocks_are_computed(backend: str) -> None:
+    """Rows +x and -x have the mean cosine 0: such keys are critical for all queries and not
+    ranked, and such queries attend everything."""
+    q, k = rows_of_scores([1.0, 0.0, 3.0, 2.0, 4.0])
+    k[..., 1] = 1.0  # rows of one block point one way, zero scores included
+    q = q.repeat(1, 1, 2, 1)
+    k[:, :, 16:32:2] = -k[:, :, 17:32:2]  # block 1
+    q[:, :, 16::2] = -q[:, :, 17::2]
+    options = {"keep_ratio": 0.4, "negligible_ratio": 0.4, "min_similarity": 0.5}
+    method = SLA(smooth_k="none", block_q=16, block_k=16, **options)
+    block_map = sparline.route(q, k, method=method, scale=1.0, backend=backend)
+    assert block_map[0, 0].tolist() == [[-1, 1, 1, -1, 1], [1] * 5]
+    method = SLA(smooth_k="none", block_q=16, block_k=16, **{**options, "min_similarity": None})
+    block_map = sparline.route(q, k, method=method, scale=1.0, backend=backend)
+    assert (block_map == 1).sum(dim=-1).tolist() == [[[2, 2]]]
+
+
+def test_learned_router(backend: str) -> None:
+    """Matrices that negate the scores turn the order around; one pair for each head, or for all."""
+    q, k = rows_of_scores([3.0, 9.0, 1.0, 7.0, 5.0])
+    q, k = q.repeat(1, 2, 1, 1), k.repeat(1, 2, 1, 1)
+    method = SLA2(keep_ratio=0.4, block_q=16, block_k=16)
+    eye = torch.eye(4)
+    per_head = Weights(router_q=torch.stack([eye, -eye]), router_k=torch.stack([eye, eye]))
+    block_map = sparline.route(q, k, method=method, weights=per_head, scale=1.0, backend=backend)
+    assert block_map[0, :, 0].tolist() == [[0, 1, 0, 1, 0], [1, 0, 1, 0, 0]]
+    shared = Weights(router_q=eye, router_k=-eye)
+    block_map = sparline.route(q, k, method=method, weights=shared, scale=1.0, backend=backend)
+    assert block_map[0, :, 0].tolist() == [[1, 0, 1, 0, 0]] * 2
+
+
+def test_routing_needs_no_other_weights(backend: str) -> None:
+    """Feature maps, projections and alpha act later."""
+    q, k = torch.randn(1, 2, 64, 8), torch.randn(1, 2, 64, 8)
+    for cls in (SLA, SLA2):
+        maps = [
+            sparline.route(q, k, method=cls(keep_ratio=0.5, feature_map=name), backend=backend)
+            for name in ("softmax", "hedgehog")
+        ]
+        assert torch.equal(*maps)
+
+
+@pytest.mark.parametrize(("options", "count"), [({"keep_ratio": 0.3}, 3), ({"num_cubes": 4}, 4)])
+def test_vsa_picks_cubes(options: dict[str, float], count: int, backend: str) -> None:
+    """Every cube is a block, on both axes; the ratio of them is rounded up."""
+    q, k = torch.randn(1, 2, 9 * 16, 8), torch.randn(1, 2, 9 * 16, 8)
+    method = VSA(cube=(2, 2, 4), **options)
+    block_map = sparline.route(q, k, method=method, grid=Grid(2, 6, 12), backend=backend)
+    assert block_map.shape == (1, 2, 9, 9)
+    assert ((block_map == 1).sum(dim=-1) == count).all()
+    # 5 x 3 x 7 tokens are 3 x 2 x 2 cubes, most of them cut off, and a block of text on each side.
+    q = k = torch.randn(1, 1, 105 + 14, 8)
+    packed = sparline.route(q, k, method=method, grid=Grid(5, 3, 7, 5, 9), backend=backend)
+    assert packed.shape == (1, 1, 14, 14)
+
+
+def test_vsa_counts_cubes_of_each_sequence(backend: str) -> None:
+    q = k = torch.randn(1, 1, 48 + 160, 8)
+    block_map = sparline.route(
+        q,
+        k,
+        method=VSA(num_cubes=2, cube=(1, 4, 4)),
+        grid=[Grid(3, 4, 4), Grid(10, 4, 4)],
+        cu_seqlens_q=[0, 48, 208],
+        backend=backend,
+    )
+    assert ((block_map == 1).sum(dim=-1) == 2).all()
+
+
+def test_vmoba_by_hand(backend: str) -> None:
+    """Four chunks of one frame. Queries look for chunk 2; each also attends its own, and the map
+    shows a block where any row of it does."""
+    k = torch.zeros(1, 1, 4 * 16, 4)
+    for chunk in range(4):
+        k[:, :, 16 * chunk : 16 * (chunk + 1), chunk] = 1.0
+    q = torch.zeros(1, 1, 4 * 16, 4)
+    q[..., 2] = 1.0
+    q[:, :, 5, 2], q[:, :, 5, 3] = 0.0, 1.0  # but one looks for chunk 3
+    method = VMoBA(partition="1d", frames_1d=1, block_q=16, block_k=16)
+    call = {"method": method, "grid": Grid(4, 4, 4), "backend": backend}
+    block_map = sparline.route(q, k, **call)
+    # Chunk 2's own queries would be left alone and take their best other one, the first of a tie.
+    expected = [[1, 0, 1, 1], [0, 1, 1, 0], [1, 0, 1, 0], [0, 0, 1, 1]]
+    assert block_map[0, 0].tolist() == expected
+    v = torch.arange(64.0).reshape(1, 1, 64, 1).repeat(1, 1, 1, 4)
+    o = sparline.attention(q, k, v, scale=1e-6, **call)[0, 0, :, 0]  # flat: means of what is seen
+    centre = [7.5, 23.5, 39.5, 55.5]
+    assert o[4].item() == pytest.approx((centre[0] + centre[2]) / 2, abs=1e-3)
+    assert o[5].item() == pytest.approx((centre[0] + centre[3]) / 2, abs=1e-3)
+    assert o[40].item() == pytest.approx((centre[0] + centre[2]) / 2, abs=1e-3)
+
+
+def test_vmoba_ranks_equal_gates_by_index(backend: str) -> None:
+    q = k = torch.zeros(1, 1, 64, 4)
+    for number, expected in ((1, 1), (2, 2), (3, 3)):
+        method = VMoBA(partition="1d", frames_1d=1, num_chunks=number, block_q=16, block_k=16)
+        block_map = sparline.route(q, k, method=method, grid=Grid(4, 4, 4), backend=backend)
+        assert block_map[0, 0, 0].tolist() == [1] * expected + [0] * (4 - expected)
+    method = VMoBA(partition="1d", frames_1d=1, threshold=0.4, block_q=16, block_k=16)
+    block_map = sparline.route(q, k, method=method, grid=Grid(4, 4, 4), backend=backend)
+    assert block_map[0, 0].tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
+
+
+def test_vmoba_modes_share_a_budget(backend: str) -> None:
+    """Ranked over a head, a query with large gates takes chunks from one with small gates."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 1, 64, 8, generator=generator) for _ in range(2))
+    q[:, :, :16] *= 30
+    shared = {"partition": "1d", "frames_1d": 1, "block_q": 16, "block_k": 16, "threshold": 0.6}
+    counts = []
+    for mode in ("query_head", "head_global"):
+        method = VMoBA(mode=mode, pool_queries=True, **shared)
+        block_map = sparline.route(q, k, method=method, grid=Grid(4, 4, 4), backend=backend)
+        assert (block_map.diagonal(dim1=2, dim2=3) == 1).all()
+        counts.append((block_map == 1).sum(dim=-1).flatten().tolist())
+    assert counts[0] != counts[1]
