@@ -38,7 +38,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import sparline
-from sparline.methods import Method
+from sparline.methods import ChunkRouter, Method
+from sparline.tokens import Grid
 
 __all__ = [
     "WanSparseAttnProcessor",
@@ -75,8 +76,21 @@ class StepClock:
         self.dense_steps = dense_steps
         # Read by the processors; torch.compile guards on it and keeps one graph for each value.
         self.is_dense = False
+        # By number of tokens, the last of each: activation checkpointing comes back to a call
+        # after others of another size.
+        self.grids: dict[int, Grid] = {}
         self._step = 0
         self._timestep: float | None = None
+
+    def watch_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the transformer: where its tokens stand."""
+        latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        patch = cast(Any, module).config.patch_size
+        frames, height, width = (
+            size // step for size, step in zip(latents.shape[2:], patch, strict=True)
+        )
+        grid = Grid(frames, height, width)
+        self.grids[grid.length] = grid
 
     @_not_compiled
     def watch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -96,23 +110,6 @@ class StepClock:
         self.is_dense = self._step < self.dense_steps
 
 
-class SelfAttention(nn.Module):
-    """The operator between (q, k, v) and o, in (B, N, H, D). Holds the method's learned tensors."""
-
-    def __init__(self, method: Method, num_heads: int, head_dim: int, backend: str | None) -> None:
-        super().__init__()
-        self.method = method
-        self.backend = backend
-        self.operator: nn.Module | None = None
-        if isinstance(method, sparline.SLA):
-            self.operator = sparline.nn.SLA(head_dim, num_heads=num_heads, method=method)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.operator is not None:
-            return cast(Tensor, self.operator(q, k, v, layout="bnhd", backend=self.backend))
-        return sparline.attention(q, k, v, method=self.method, layout="bnhd", backend=self.backend)
-
-
 class WanSparseAttnProcessor(nn.Module):
     """What ``WanAttnProcessor`` does for self-attention, with the attention itself replaced."""
 
@@ -130,8 +127,14 @@ class WanSparseAttnProcessor(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.attention = SelfAttention(method, attn.heads, attn.inner_dim // attn.heads, backend)
+        self.attention = sparline.nn.module_for(
+            method,
+            head_dim=attn.inner_dim // attn.heads,
+            num_heads=attn.heads,
+            hidden_dim=attn.to_q.in_features,
+        )
         self.attention.to(attn.to_q.weight.device)
+        self.backend = backend
         self.clock = clock
         self.original = original
 
@@ -161,18 +164,22 @@ class WanSparseAttnProcessor(nn.Module):
             o = v
         else:
             # Under autocast the norms may return float32 beside a 16-bit v.
-            o = self._attend(q.type_as(v), k.type_as(v), v)
+            o = self._attend(q.type_as(v), k.type_as(v), v, hidden_states)
         o = o.flatten(2, 3).type_as(hidden_states)
         return cast(Tensor, attn.to_out[1](attn.to_out[0](o)))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self._parallel_config is None:
-            return cast(Tensor, self.attention(q, k, v))
-        group = _ulysses_group(self._parallel_config, self.attention, num_heads=q.shape[2])
-        q, k, v = (
-            SeqAllToAllDim.apply(group, x, 2, 1) for x in (q, k, v)
-        )  # all rows, H / ranks heads
-        return cast(Tensor, SeqAllToAllDim.apply(group, self.attention(q, k, v), 1, 2))
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor) -> Tensor:
+        options: dict[str, Any] = {"layout": "bnhd", "backend": self.backend}
+        if isinstance(self.attention, sparline.nn.VSA):
+            options["hidden_states"] = hidden_states
+        group = None
+        if self._parallel_config is not None:  # all rows, H / ranks heads
+            group = _ulysses_group(self._parallel_config, self.attention, num_heads=q.shape[2])
+            q, k, v = (SeqAllToAllDim.apply(group, x, 2, 1) for x in (q, k, v))
+        if self.attention.method.recipe.needs_grid:
+            options["grid"] = self.clock.grids[q.shape[1]]
+        o = self.attention(q, k, v, **options)
+        return cast(Tensor, o if group is None else SeqAllToAllDim.apply(group, o, 1, 2))
 
     def _apply(
         self, fn: Callable[[Tensor], Tensor], recurse: bool = True
@@ -205,7 +212,7 @@ def _scores_are_skipped() -> bool:
     return any(isinstance(mode, AttentionScoreSkipFunctionMode) for mode in stack)
 
 
-def _ulysses_group(config: Any, attention: SelfAttention, num_heads: int) -> Any:
+def _ulysses_group(config: Any, attention: sparline.nn.Attention, num_heads: int) -> Any:
     """The process group of Ulysses context parallelism, or an error that says why the layout cannot
     work."""
     parallel = config.context_parallel_config
@@ -221,10 +228,15 @@ def _ulysses_group(config: Any, attention: SelfAttention, num_heads: int) -> Any
             f"{num_heads} heads, ulysses_degree={parallel.ulysses_degree}, "
             f"ulysses_anything={parallel.ulysses_anything}. Choose a degree that divides both."
         )
-    if any(p.shape[:1] == (num_heads,) and p.dim() == 3 for p in attention.parameters()):
+    recipe = attention.method.recipe
+    is_headwise = recipe.has_feature_weights or recipe.combine == "blend"
+    ranks_all_heads = isinstance(recipe.router, ChunkRouter) and recipe.router.mode == "overall"
+    if is_headwise or recipe.has_coarse_branch or ranks_all_heads:
         raise NotImplementedError(
-            "context parallelism: learned feature maps are per head and are not split over ranks "
-            "yet. Use a feature map without weights, such as 'softmax'."
+            "context parallelism: tensors that are learned per head (hedgehog maps, SLA2's alpha, "
+            "VSA's gates) are not split over ranks yet, and VMoBA's mode 'overall' ranks all heads "
+            f"together, got {attention.method}. Use a method without them, such as SLA with the "
+            "softmax feature map."
         )
     return parallel._ulysses_mesh.get_group()
 
@@ -236,7 +248,7 @@ class _Installed:
     method: Method
     dense_steps: int
     dense_layers: tuple[int, ...]
-    hook: Any  # of the clock, or None
+    hooks: list[Any]  # of the clock
 
 
 def apply(
@@ -285,18 +297,20 @@ def apply(
         for idx, block in enumerate(transformer.blocks):
             if idx not in layers[name]:
                 attn = block.attn1
-                processor = WanSparseAttnProcessor(attn, method, clock, attn.processor, backend)
+                processor = WanSparseAttnProcessor(
+                    attn, method.for_layer(idx), clock, attn.processor, backend
+                )
                 processor._attention_backend = attn.processor._attention_backend
                 processor._parallel_config = attn.processor._parallel_config
                 processor.train(attn.training)
                 attn.set_processor(processor)
-        hook = None
-        if dense_steps > 0:
-            hook = transformer.register_forward_pre_hook(clock.watch, with_kwargs=True)
+        watches = [clock.watch] * (dense_steps > 0)
+        watches += [clock.watch_grid] * method.recipe.needs_grid
+        hooks = [transformer.register_forward_pre_hook(w, with_kwargs=True) for w in watches]
         # Layerwise casting would store our weights in float8.
         patterns = type(transformer)._skip_layerwise_casting_patterns or []
         transformer._skip_layerwise_casting_patterns = [*patterns, "attn1.processor"]
-        transformer._sparline = _Installed(method, dense_steps, layers[name], hook)
+        transformer._sparline = _Installed(method, dense_steps, layers[name], hooks)
     return model
 
 
@@ -312,8 +326,8 @@ def restore(model: ModelT) -> ModelT:
                 block.attn1.set_processor(processor.original)
         installed = transformer.__dict__.pop("_sparline", None)
         transformer.__dict__.pop("_skip_layerwise_casting_patterns", None)
-        if installed is not None and installed.hook is not None:
-            installed.hook.remove()
+        for hook in installed.hooks if installed is not None else ():
+            hook.remove()
     return model
 
 
@@ -321,16 +335,19 @@ def learned_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
     """(name, parameter) of everything that ``apply`` added, named as in the state file."""
     for component, transformer in _transformers(model, "learned_parameters").items():
         for prefix, processor in _processors(transformer):
-            if processor.attention.operator is not None:
-                for name, parameter in processor.attention.operator.named_parameters():
-                    yield f"{component}.{prefix}.{name}", parameter
+            for name, parameter in processor.attention.named_parameters():
+                yield f"{component}.{prefix}.{name}", parameter
 
 
 def set_trainable(model: Any, trainable: bool = True) -> None:
     """Sets ``requires_grad`` of our parameters. ``add_adapter`` (LoRA) freezes all others, ours
-    too: call this after it."""
-    for _, parameter in learned_parameters(model):
-        parameter.requires_grad_(trainable)
+    too: call this after it. SLA2's router stays frozen while it is hard: nothing trains it."""
+    for transformer in _transformers(model, "set_trainable").values():
+        for _, processor in _processors(transformer):
+            module = processor.attention
+            for name, parameter in module.named_parameters():
+                is_frozen = isinstance(module, sparline.nn.SLA2) and module.is_frozen(name)
+                parameter.requires_grad_(trainable and not is_frozen)
 
 
 def save_state(model: Any, path: str | Path) -> None:

@@ -15,8 +15,6 @@ from torch.overrides import TorchFunctionMode
 import sparline
 from sparline.accounting import block_sparsity
 
-from .diffusers import SelfAttention
-
 
 class AttentionProbe(TorchFunctionMode):
     """Within ``with AttentionProbe(transformer) as probe:`` every self-attention call is timed and
@@ -36,17 +34,17 @@ class AttentionProbe(TorchFunctionMode):
         self._start = 0.0
         self._sparsity: dict[nn.Module, float] = {}  # of each layer, from its first call
         modules = (module for model in models if model is not None for module in model.modules())
-        self._modules = [module for module in modules if isinstance(module, SelfAttention)]
+        self._modules = [module for module in modules if isinstance(module, sparline.nn.Attention)]
         self._handles: list[Any] = []
 
     @property
     def sparsity(self) -> float:
-        """Achieved block sparsity, the mean over calls; dense calls count as 0."""
+        """``achieved_sparsity``, the mean over calls; dense calls count as 0."""
         return self._sparsity_sum / self.calls if self.calls else 0.0
 
     def __enter__(self) -> AttentionProbe:
         for module in self._modules:
-            self._handles.append(module.register_forward_pre_hook(self._before))
+            self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._after))
         cast(Any, super()).__enter__()
         return self
@@ -74,27 +72,40 @@ class AttentionProbe(TorchFunctionMode):
         self._count(_now(q) - start, 0.0)
         return o
 
-    def _before(self, module: SelfAttention, args: tuple[Tensor, ...]) -> None:
-        q, k, _ = args
+    def _before(
+        self, module: sparline.nn.Attention, args: tuple[Tensor, ...], options: dict[str, Any]
+    ) -> None:
         if module not in self._sparsity:
-            method = module.method
-            sparsity = 0.0
-            if isinstance(method, sparline.SLA):
-                sparsity = 1.0  # linear attention keeps no block
-                if method.needs_block_map:
-                    sparsity = block_sparsity(
-                        sparline.route(q, k, method=method, layout="bnhd", backend=module.backend)
-                    )
-            self._sparsity[module] = sparsity
-        self._start = _now(q)
+            self._sparsity[module] = achieved_sparsity(module, args, options)
+        self._start = _now(args[0])
 
-    def _after(self, module: SelfAttention, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def _after(
+        self, module: sparline.nn.Attention, args: tuple[Tensor, ...], output: Tensor
+    ) -> None:
         self._count(_now(output) - self._start, self._sparsity[module])
 
     def _count(self, seconds: float, sparsity: float) -> None:
         self.seconds += seconds
         self.calls += 1
         self._sparsity_sum += sparsity
+
+
+def achieved_sparsity(
+    module: sparline.nn.Attention, qkv: tuple[Tensor, ...], options: dict[str, Any]
+) -> float:
+    """The share of tiles that the call leaves out of its softmax: blocks that no router kept, or
+    tiles that an in-loop method skipped after q k^T."""
+    options = {key: value for key, value in options.items() if key != "hidden_states"}
+    recipe = module.method.recipe
+    with torch.no_grad():
+        if recipe.skip is not None:
+            return sparline.tile_statistics(*qkv, method=module.method, **options).sparsity
+        if recipe.router is not None:
+            weights, (q, k, _) = module.weights(), qkv
+            return block_sparsity(
+                sparline.route(q, k, method=module.method, weights=weights, **options)
+            )
+    return 1.0 if recipe.combine == "linear" else 0.0  # linear attention keeps no block
 
 
 def _now(tensor: Tensor) -> float:
