@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``sparline generate | doctor | explain | bench``.
+"""The command line: ``sparline generate | inspect | doctor | explain | bench``.
 
 Wrong input ends in one line on stderr and exit code 2; a traceback is a bug.
 """
@@ -203,21 +203,24 @@ def doctor() -> None:
 
 @app.command()
 def explain(
+    method: Annotated[str, typer.Argument(help="Attention method: sla, sla2, dynsparse, ...")],
     shape: Annotated[
         str, typer.Option(help="B,H,N,D of q; k has the same unless --keys says otherwise.")
     ] = "1,4,8192,64",
     keys: Annotated[int | None, typer.Option(min=1, help="N of k and v.")] = None,
     kv_heads: Annotated[int | None, typer.Option(min=1, help="Heads of k and v.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    method: Annotated[str, typer.Option(help="Attention method.")] = "sla",
+    grid: Annotated[
+        str | None, typer.Option(help="T,H,W of the tokens, for methods that order them.")
+    ] = None,
     option: Annotated[list[str] | None, typer.Option("--set", help="Option, key=value.")] = None,
 ) -> None:
-    """Say how one call would run: backend, blocks, workspace, and what was rejected and why."""
-    from sparline import doctor as doctor_module
+    """Explain a method: its maths, its options and learned tensors, its cost, and its plan here."""
+    from sparline import describe
     from sparline.generate import InputError
 
     with _one_line_errors(InputError, ImportError, ValueError, TypeError, RuntimeError):
-        text = doctor_module.explain(shape, keys, kv_heads, dtype, method, option or [])
+        text = describe.explain(method, option or [], shape, keys, kv_heads, dtype, grid)
     console.print(text, highlight=False, markup=False)
 
 
@@ -241,6 +244,97 @@ def bench(
             out=out,
             report=lambda line: console.print(line, highlight=False),
         )
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub id of a diffusers pipeline; the bundled model if not given."
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="What to show; the bundled model takes a class name.")
+    ] = None,
+    init_video: Annotated[
+        Path | None, typer.Option(help="Regenerate this clip instead of starting from noise.")
+    ] = None,
+    strength: Annotated[float, typer.Option(help="Share of the clip to replace, in (0, 1].")] = 0.6,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 4,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Of the clip; the model's own if not given.")
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(min=1, help="Of the clip; the model's own if not given.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(min=1, help="Of the clip; the model's own if not given.")
+    ] = None,
+    at_steps: Annotated[
+        str, typer.Option(help="Steps to look at: 0,2,-1; first, middle and last if not given.")
+    ] = "",
+    layers: Annotated[
+        str, typer.Option(help="Layers to look at: 0,1,-1; first, middle and last if not given.")
+    ] = "",
+    methods: Annotated[
+        str | None, typer.Option(help="Methods to compare: sla,vsa; all if not given.")
+    ] = None,
+    keep_ratio: Annotated[
+        float, typer.Option(help="Share of the blocks at which methods are compared.")
+    ] = 0.1,
+    save_qkv: Annotated[
+        bool, typer.Option("--save-qkv", help="Also write q, k and v, to the folder qkv in --out.")
+    ] = False,
+    from_qkv: Annotated[
+        Path | None, typer.Option(help="Measure what --save-qkv wrote to this folder; no model.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("outputs/inspect"),
+) -> None:
+    """Watch a model's attention: its maps, recall, errors of every method; one HTML report."""
+    with _one_line_errors(ImportError):
+        from sparline import generate as job_module
+        from sparline import inspect as inspect_module
+        from sparline.generate import InputError, Job
+    _quiet_host_libraries()
+    with _one_line_errors(InputError, ImportError):
+        settings = inspect_module.Settings.parse(
+            out, methods, keep_ratio, at_steps, layers, save_qkv
+        )
+        job_module.check_output(out)
+        with _progress() as progress:
+            task = progress.add_task("loading", total=None)
+
+            def show(what: str, done: int, total: int) -> None:
+                progress.update(task, description=what, completed=done, total=total)
+
+            if from_qkv is not None:
+                written = inspect_module.inspect_folder(from_qkv, settings, show)
+            else:
+                pipeline = job_module.load_pipeline(model)
+                sizes = job_module.default_size(pipeline)
+                job = Job(
+                    prompt=prompt if prompt is not None else job_module.default_prompt(pipeline),
+                    num_frames=frames or sizes[0],
+                    height=height or sizes[1],
+                    width=width or sizes[2],
+                    steps=steps,
+                    guidance=guidance,
+                    seed=seed,
+                    init_video=init_video,
+                    strength=strength,
+                )
+                job_module.check_job(pipeline, job)
+                if init_video is not None:
+                    job_module.read_init_video(job)
+                    pipeline = job_module.for_init_video(pipeline)
+                name = model or "the bundled demo model"
+                written = inspect_module.inspect_pipeline(pipeline, name, job, settings, show)
+    for path in written[:2]:
+        console.print(f"  {path}", highlight=False)
+    console.print(f"  {written[2].parent}: {len(written) - 2} plots", highlight=False)
 
 
 def main() -> None:

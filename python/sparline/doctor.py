@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from rich.table import Table
 
 import sparline
 from sparline import _ops
-from sparline.generate import InputError, parse_variants
+from sparline.describe import explain_call
 from sparline.machine import cpu_name
 
 _TYPICAL = {
@@ -43,43 +42,6 @@ def report(console: Console) -> bool:
         console.print(f"\n[bold]{name}, SLA, float32 {shape}[/bold]", highlight=False)
         console.print(explain_call(shape, shape, torch.float32, sparline.SLA()), markup=False)
     return True
-
-
-def explain(
-    shape: str,
-    keys: int | None,
-    kv_heads: int | None,
-    dtype: str,
-    method: str,
-    options: Sequence[str],
-) -> str:
-    """``sparline.explain`` for what the command line gives."""
-    try:
-        batch, heads, length, head_dim = (int(part) for part in shape.split(","))
-    except ValueError as error:
-        raise InputError(f"--shape: it reads B,H,N,D, got {shape!r}. Try 1,4,8192,64.") from error
-    if min(batch, heads, length, head_dim) < 1:
-        raise InputError(f"--shape: sizes must be positive, got {shape}.")
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in dtypes:
-        raise InputError(f"--dtype: it must be one of {', '.join(dtypes)}, got {dtype!r}.")
-    variant = parse_variants(method, options)[0]
-    if variant.method is None:
-        raise InputError("--method: 'original' is the model's own attention; name one of ours.")
-    q_shape = (batch, heads, length, head_dim)
-    k_shape = (batch, kv_heads or heads, keys or length, head_dim)
-    return explain_call(q_shape, k_shape, dtypes[dtype], variant.method)
-
-
-def explain_call(
-    q_shape: tuple[int, ...],
-    k_shape: tuple[int, ...],
-    dtype: torch.dtype,
-    method: sparline.Method,
-) -> str:
-    # Expanded scalars: the shapes matter, the memory does not. The last stride must be 1.
-    q, k = (torch.empty(1, shape[-1], dtype=dtype).expand(shape) for shape in (q_shape, k_shape))
-    return sparline.explain(q, k, method=method)
 
 
 def _versions() -> list[tuple[str, str]]:

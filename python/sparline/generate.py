@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import re
 import statistics
 import tempfile
 import time
@@ -24,7 +25,7 @@ from PIL import Image
 import sparline
 from sparline import video
 from sparline.machine import describe_device
-from sparline.methods import METHODS, Method
+from sparline.methods import METHODS, Method, options_of
 
 #: The model as it came, with its own attention; no method of ours.
 ORIGINAL = "original"
@@ -95,7 +96,7 @@ def parse_variants(spec: str, options: Sequence[str], state: Path | None = None)
             raise InputError(
                 f"method: it must be one of {ORIGINAL}, {', '.join(METHODS)}, got {name!r}."
             )
-        known = set(sparline.method(name).to_dict()) - {"name"}
+        known = set(options_of(METHODS[name]))
         chosen = {key: value for key, value in common.items() if key in known}
         unused -= set(chosen)
         chosen.update(_parse_option(option) for option in own)
@@ -103,8 +104,8 @@ def parse_variants(spec: str, options: Sequence[str], state: Path | None = None)
             method = sparline.method(name, **chosen)
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
-        has_state = state if isinstance(method, sparline.SLA) else None
-        variants.append(Variant(item, method, has_state))
+        has_state = isinstance(method, (sparline.SLA, sparline.SLA2, sparline.VSA))
+        variants.append(Variant(item, method, state if has_state else None))
     if unused:
         names = ", ".join(sorted(unused))
         raise InputError(f"--set: no method of {spec!r} has the option {names}.")
@@ -117,6 +118,10 @@ def _parse_option(option: str) -> tuple[str, Any]:
     key, equals, text = option.partition("=")
     if not equals or not key:
         raise InputError(f"--set: options read key=value, got {option!r}. Try keep_ratio=0.1.")
+    if text in ("true", "false"):
+        return key, text == "true"
+    if re.fullmatch(r"\d+(x\d+)+", text):  # a size, such as cube=4x4x4
+        return key, tuple(int(part) for part in text.split("x"))
     try:
         return key, ast.literal_eval(text)
     except (SyntaxError, ValueError):

@@ -178,7 +178,7 @@ def test_doctor_and_explain() -> None:
     assert result.exit_code == 0, result.output
     for word in ("torch", "library", "cpu:", "bundled demo model", "backend: cpu"):
         assert word in result.output
-    result = run("explain", "--shape", "1,2,256,16", "--method", "dense", "--dtype", "bfloat16")
+    result = run("explain", "dense", "--shape", "1,2,256,16", "--dtype", "bfloat16")
     assert result.exit_code == 0, result.output
     assert "256 queries x 256 keys" in " ".join(result.output.split())
     for arguments, text in (
@@ -186,7 +186,7 @@ def test_doctor_and_explain() -> None:
         (["--dtype", "int8"], "--dtype"),
         (["--shape", "1,2,64,7"], "head_dim"),
     ):
-        assert_one_line(run("explain", *arguments), text)
+        assert_one_line(run("explain", "sla", *arguments), text)
 
 
 def test_bench_checks_times_and_appends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
