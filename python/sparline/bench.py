@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times whole operators against what a user would pick instead, in one run, on the same inputs.
 
-A row is everything a model pays between q, k, v and o: routing, feature maps, both branches, the
-projection with weights that are not zero. Its ratio is to ``scaled_dot_product_attention`` timed in
-the same process. Times are medians over repetitions after a warm-up, with rotating inputs.
+A row is everything a model pays between q, k, v and o: routing, feature maps, all branches, the
+projection with weights that are not zero. Every method of ``METHODS`` is brought to one density
+(``sparline.density``) on video-like inputs. A row's ratio is to ``scaled_dot_product_attention``
+timed in the same process. Times are medians over repetitions after a warm-up, with rotating inputs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
+import math
 import platform
 import re
 import statistics
@@ -27,8 +30,10 @@ from torch import Tensor
 
 import sparline
 from sparline.accounting import block_sparsity, flops
+from sparline.density import Tuned, tune
 from sparline.machine import describe_device
-from sparline.methods import SLA, Dense, Method
+from sparline.methods import BLASST, METHODS, SLA, BlockRouter, Dense, DynSparse, Method
+from sparline.tokens import Grid
 
 #: Input sets that take turns, so that no call finds its own data in the cache.
 NUM_INPUT_SETS = 3
@@ -57,6 +62,12 @@ class Workload:
         frames, height, width = self.grid
         return frames * height * width + self.text
 
+    @property
+    def place(self) -> Grid:
+        """Where the tokens stand."""
+        prefix, suffix = (self.text, 0) if self.text_at == "start" else (0, self.text)
+        return Grid(*self.grid, prefix, suffix)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -66,6 +77,20 @@ class Case:
     direction: str = "fwd"
     dtype: torch.dtype = torch.float32
     inputs: str = "gaussian"
+    name: str = ""  # in METHODS, if the row is one of a method at a density
+    density: float | None = None  # bring the method called ``name`` to it
+    low_bit: bool = False
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Inputs in the form that ``sparline.density`` takes."""
+
+    q: Tensor  # (1, N, H, D)
+    k: Tensor
+    v: Tensor
+    grid: Grid
+    layer: int = 2  # where VMoBA's partition is 3d
 
 
 _ALL = (
@@ -98,7 +123,48 @@ def cases(suite: str) -> list[Case]:
         rows.append(Case(None, direction, torch.bfloat16))
         rows.append(Case(Dense(), direction, torch.bfloat16))
         rows.append(Case(SLA(keep_ratio=0.05, **BLOCKS), direction, torch.bfloat16))
+    return rows + _family() + _in_loop()
+
+
+def _family() -> list[Case]:
+    """Every method with a router or a linear branch at 90, 95 and 97 % forward, 95 % backward."""
+    names = [
+        name for name, cls in METHODS.items() if not issubclass(cls, (Dense, DynSparse, BLASST))
+    ]
+    rows = [Case(None, "fwd", inputs="video")]
+    for density in (0.10, 0.05, 0.03):
+        rows += [
+            Case(None, inputs="video", name=name, density=density)
+            for name in names
+            if name != "linear" or density == 0.05  # it has no density
+        ]
+        rows.append(Case(None, inputs="video", name="sla2", density=density, low_bit=True))
+    rows.append(Case(None, "bwd", inputs="video"))
+    rows += [Case(None, "bwd", inputs="video", name=name, density=0.05) for name in names]
     return rows
+
+
+def _in_loop() -> list[Case]:
+    """The in-loop methods over thresholds: time against the share of tiles that they skip."""
+    rows = [Case(None, "fwd", inputs="video"), Case(Dense(), "fwd", inputs="video")]
+    thresholds: tuple[float, ...] = (float("-inf"), -9.0, -7.0, -5.0, -4.0, -3.0, -2.0, -1.0)
+    rows += [Case(DynSparse(x), "fwd", inputs="video", name="dynsparse") for x in thresholds]
+    rows += [Case(BLASST(x), "fwd", inputs="video", name="blasst") for x in thresholds[2:]]
+    rows.append(Case(None, "bwd", inputs="video"))
+    rows += [Case(DynSparse(x), "bwd", inputs="video", name="dynsparse") for x in (-5.0, -3.0)]
+    return rows
+
+
+def brought_to_density(case: Case, workload: Workload) -> tuple[Case, Tuned | None]:
+    """The case with its method, where that follows from a density on its inputs."""
+    if case.density is None:
+        return case, None
+    made = make_inputs(workload, case.inputs, torch.float32, seed=0)
+    q, k, v = (x.transpose(1, 2) for x in made)
+    tuned = tune(case.name, _Inputs(q, k, v, workload.place), case.density)
+    low_bit = sparline.LowBit() if case.low_bit else None
+    method = dataclasses.replace(tuned.method, low_bit=low_bit)
+    return dataclasses.replace(case, method=method), tuned
 
 
 def make_inputs(
@@ -135,30 +201,51 @@ def make_inputs(
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
-def projection_weights(head_dim: int) -> sparline.SLAWeights:
-    """Weights of the linear branch away from zero: with zeros the branch would cost the same but
-    show nothing."""
+def learned_weights(method: Method, heads: int, head_dim: int) -> sparline.Weights:
+    """Learned tensors away from their initial values: with zeros the branches would cost the same
+    but show nothing."""
     rng = torch.Generator().manual_seed(7)
-    weight = torch.randn(head_dim, head_dim, generator=rng) / head_dim**0.5
-    return sparline.SLAWeights(proj_weight=weight, proj_bias=torch.zeros(head_dim))
+
+    def matrix() -> Tensor:
+        return torch.randn(head_dim, head_dim, generator=rng) / math.sqrt(head_dim)
+
+    combine = method.recipe.combine
+    if combine == "projection":
+        return sparline.Weights(proj_weight=matrix(), proj_bias=torch.zeros(head_dim))
+    if combine == "blend":
+        eye = torch.eye(head_dim)
+        return sparline.Weights(
+            alpha_logit=torch.randn(heads, 64, generator=rng),
+            router_q=eye + 0.1 * matrix(),
+            router_k=eye + 0.1 * matrix(),
+        )
+    return sparline.Weights()
 
 
 def operator(
-    case: Case, head_dim: int, backend: str | None = None
+    case: Case, workload: Workload, backend: str | None = None
 ) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], list[Tensor]]:
-    """The function from q, k, v to o, and its learned tensors."""
+    """The function from q, k, v to o, and its learned tensors. VSA's gates belong to the layer, and
+    are 1 here."""
     method = case.method
     if method is None:
         return F.scaled_dot_product_attention, []
-    if isinstance(method, Dense):
-        return lambda q, k, v: sparline.attention(q, k, v, method=method, backend=backend), []
-    weights = projection_weights(head_dim)
-    learned = [w for w in weights if w is not None]
+    weights = learned_weights(method, workload.heads, workload.head_dim)
+    # The hard router passes no gradient on.
+    learned = [w for key, w in weights._asdict().items() if w is not None and key[:6] != "router"]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return sparline.attention(q, k, v, method=method, weights=weights, backend=backend)
+        grid = _grid(method, workload)
+        o: Tensor = sparline.attention(
+            q, k, v, method=method, weights=weights, grid=grid, backend=backend
+        )
+        return o
 
     return attend, learned
+
+
+def _grid(method: Method, workload: Workload) -> Grid | None:
+    return workload.place if method.recipe.needs_grid else None
 
 
 def median_ms(runs: Sequence[Callable[[], Any]], repetitions: int) -> tuple[float, float]:
@@ -175,25 +262,34 @@ def median_ms(runs: Sequence[Callable[[], Any]], repetitions: int) -> tuple[floa
 
 
 def time_case(case: Case, workload: Workload, repetitions: int) -> dict[str, Any]:
-    """ms and spread_ms of the whole operator and, for SLA, ms_kernel with the block map given."""
+    """ms and spread_ms of the whole operator, ms_kernel with the block map given where there is
+    one, and what was left out of the softmax."""
     sets = [make_inputs(workload, case.inputs, case.dtype, seed) for seed in range(NUM_INPUT_SETS)]
-    attend, learned = operator(case, workload.head_dim)
-    if case.direction == "bwd":
-        return dict(
-            zip(
-                ("ms", "spread_ms"), _time_backward(attend, learned, sets, repetitions), strict=True
-            )
-        )
+    attend, learned = operator(case, workload)
+    method, is_backward = case.method, case.direction == "bwd"
+    if is_backward:
+        ms, spread = _time_backward(attend, learned, sets, repetitions)
     with torch.no_grad():
-        ms, spread = median_ms([partial(attend, *s) for s in sets], repetitions)
+        if not is_backward:
+            ms, spread = median_ms([partial(attend, *s) for s in sets], repetitions)
         row: dict[str, Any] = {"ms": ms, "spread_ms": spread}
-        method = case.method
-        if isinstance(method, SLA) and method.needs_block_map:
-            maps = [sparline.route(q, k, method=method) for q, k, _ in sets]
-            weights = projection_weights(workload.head_dim)
+        if method is None:
+            return row
+        grid = _grid(method, workload)
+        if method.recipe.skip is not None:
+            told = [sparline.tile_statistics(*s, method=method, grid=grid) for s in sets]
+            row["tile_sparsity"] = statistics.mean(t.sparsity for t in told)
+        elif not is_backward and isinstance(method.recipe.router, BlockRouter):
+            weights = learned_weights(method, workload.heads, workload.head_dim)
+            routers = {"router_q": weights.router_q, "router_k": weights.router_k}
+            maps = [
+                sparline.route(q, k, method=method, grid=grid, weights=sparline.Weights(**routers))
+                for q, k, _ in sets
+            ]
+            given = {"method": method, "weights": weights, "grid": grid}
             row["ms_kernel"], _ = median_ms(
                 [
-                    partial(sparline.attention, *s, method=method, block_map=m, weights=weights)
+                    partial(sparline.attention, *s, block_map=m, **given)
                     for s, m in zip(sets, maps, strict=True)
                 ],
                 repetitions,
@@ -229,12 +325,13 @@ def check_case(case: Case, workload: Workload) -> None:
     results = []
     for backend, dtype in ((None, case.dtype), ("reference", torch.float32)):
         leaves = [x.detach().to(dtype).requires_grad_(True) for x in (q, k, v)]
-        attend, _ = operator(case, workload.head_dim, backend)
+        attend, _ = operator(case, short, backend)
         o = attend(*leaves)
         d_o = torch.randn(o.shape, generator=torch.Generator().manual_seed(3))
         wanted = torch.autograd.grad(o, leaves, d_o.to(dtype)) if case.direction == "bwd" else (o,)
         results.append([x.detach().float() for x in wanted])
-    limit = 1e-4 if case.dtype == torch.float32 else 2e-2
+    # A low-bit code may round the other way where float32 sums differ in their last bit.
+    limit = 1e-4 if case.dtype == torch.float32 and not case.low_bit else 2e-2
     for ours, reference in zip(*results, strict=True):
         error = float((ours - reference).norm() / reference.norm())
         if not error <= limit:
@@ -253,10 +350,20 @@ def sgemm_gflops(size: int = 2048) -> float:
 
 
 def label(case: Case) -> str:
-    name = "sdpa" if case.method is None else case.method.name
-    keep = f" keep {case.method.keep_ratio:.0%}" if isinstance(case.method, SLA) else ""
-    scope = f" {case.method.linear_scope}" if isinstance(case.method, SLA) else ""
-    return f"{name}{keep}{scope} {case.direction} {_dtype_name(case.dtype)} {case.inputs}"
+    method = case.method
+    words = [_name(case)]
+    if case.density is not None:
+        words.append(f"at {case.density:.0%}")
+    elif isinstance(method, SLA):
+        words += [f"keep {method.keep_ratio:.0%}", method.linear_scope]
+    elif isinstance(method, (DynSparse, BLASST)):
+        words.append(f"{method.log_threshold:g}")
+    words += ["low-bit"] * case.low_bit
+    return " ".join([*words, case.direction, _dtype_name(case.dtype), case.inputs])
+
+
+def _name(case: Case) -> str:
+    return case.name or ("sdpa" if case.method is None else case.method.name)
 
 
 def run(
@@ -281,7 +388,8 @@ def run(
     for name in names:
         workload = WORKLOADS[name]
         baselines: dict[tuple[str, torch.dtype, str], float] = {}
-        for case in suite_cases:
+        for planned in suite_cases:
+            case, tuned = brought_to_density(planned, workload)
             if check and case.method is not None:
                 check_case(case, workload)
             measured = time_case(case, workload, repetitions)
@@ -289,7 +397,7 @@ def run(
             if case.method is None:
                 baselines[key] = measured["ms"]
             row = {
-                **describe_case(suite, case, workload),
+                **describe_case(suite, case, workload, tuned, measured.get("tile_sparsity")),
                 **{key: round(value, 4) for key, value in measured.items()},
                 "baseline": "sdpa",
                 "baseline_ms": round(baselines[key], 4),
@@ -310,20 +418,34 @@ def run(
     return rows
 
 
-def describe_case(suite: str, case: Case, workload: Workload) -> dict[str, Any]:
+def describe_case(
+    suite: str,
+    case: Case,
+    workload: Workload,
+    tuned: Tuned | None,
+    tile_sparsity: float | None,
+) -> dict[str, Any]:
     """The columns of a row that say what was run."""
     method = case.method
+    kept_ratio = None if tuned is None else tuned.density
+    if method is not None and method.recipe.skip is not None:
+        kept_ratio = 1.0 - (tile_sparsity or 0.0)
     counted = flops(
         method or Dense(),
         num_heads=workload.heads,
         num_queries=workload.length,
         head_dim=workload.head_dim,
         direction="forward" if case.direction == "fwd" else "backward",
+        # The achieved share, unless the linear sums need the counts that the ratios promise.
+        kept_ratio=None if method is None or method.recipe.has_linear_branch else kept_ratio,
     )
-    is_sla = isinstance(method, SLA)
+    is_in_loop = method is not None and method.recipe.skip is not None
+    has_block_sparsity = method is not None and not is_in_loop
+    linear = method is not None and method.recipe.has_linear_branch
     return {
         "suite": suite,
-        "method": "sdpa" if method is None else method.name,
+        "method": _name(case),
+        "setting": tuned.setting if tuned is not None else _setting(method),
         "pass": case.direction,
         "workload": workload.name,
         "B": 1,
@@ -331,15 +453,24 @@ def describe_case(suite: str, case: Case, workload: Workload) -> dict[str, Any]:
         "N": workload.length,
         "D": workload.head_dim,
         "dtype": _dtype_name(case.dtype),
-        "keep_ratio": method.keep_ratio if isinstance(method, SLA) else 1.0,
-        "sparsity": round(1.0 - counted.sparse / counted.full, 4) if is_sla else 0.0,
-        "blocks": f"{method.block_q}x{method.block_k}" if method is not None else None,
-        "scope": method.linear_scope if isinstance(method, SLA) else None,
+        "keep_ratio": case.density or getattr(method, "keep_ratio", 1.0),
+        "sparsity": round(1.0 - counted.sparse / counted.full, 4) if has_block_sparsity else 0.0,
+        "tile_sparsity": None,
+        "low_bit": case.low_bit,
+        "blocks": f"{method.recipe.block_q}x{method.recipe.block_k}" if method else None,
+        "scope": method.recipe.linear_scope if method is not None and linear else None,
         "inputs": case.inputs,
         "ms_kernel": None,
         "flops": counted.total,
+        "full_flops": counted.full,
         "extra_bytes": _extra_bytes(case, workload),
     }
+
+
+def _setting(method: Method | None) -> str:
+    if isinstance(method, (DynSparse, BLASST)):
+        return f"log_threshold={method.log_threshold:g}"
+    return ""
 
 
 def _extra_bytes(case: Case, workload: Workload) -> int | None:
@@ -348,7 +479,7 @@ def _extra_bytes(case: Case, workload: Workload) -> int | None:
         return None
     shape = (1, workload.heads, workload.length, workload.head_dim)
     q = torch.empty(1, workload.head_dim, dtype=case.dtype).expand(shape)
-    text = sparline.explain(q, q, method=case.method)
+    text = sparline.explain(q, q, method=case.method, grid=_grid(case.method, workload))
     word = "forward" if case.direction == "fwd" else "backward"
     found = re.search(rf"workspace_bytes:.*{word} (\d+)", text)
     return int(found.group(1)) if found else None
