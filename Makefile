@@ -20,7 +20,7 @@ CMAKE_FILES = $(shell git ls-files --cached --others --exclude-standard '*CMakeL
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo      generate with the bundled video model, dense against sparse-linear; results in outputs/demo"
+	@echo "make demo      generate with the bundled video model, dense against SLA and SLA2; results in outputs/demo"
 	@echo "make test      all tests that need no GPU: C++ (ctest), then Python (pytest)"
 	@echo "make lint      formatting, lint and types, as CI checks them (make format mends the first)"
 	@echo "make sanitize  the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -51,6 +51,7 @@ $(VENV)/.demo: $(VENV)/.torch $(NATIVE_SOURCES)
 	$(call install,demo)
 
 $(VENV)/.test: $(VENV)/.torch $(NATIVE_SOURCES)
+	@tools/system_packages.sh chromium
 	$(call install,demo$(comma)test)
 	@touch $(VENV)/.demo
 
@@ -62,8 +63,9 @@ comma := ,
 
 # --- the main job ----------------------------------------------------------------------------------------------------
 
-# Training-free on this short sequence: a fifth of the blocks, and the first steps, which lay out the scene, dense.
-DEMO_METHODS := dense,sla --set keep_ratio=0.2
+# Training-free on this short sequence: a fifth of the blocks, cut from cubes of 4 x 4 x 4 tokens, and the first steps,
+# which lay out the scene, dense.
+DEMO_METHODS := dense,sla,sla2 --set keep_ratio=0.2 --set token_order=cubes --set block_q=64
 DEMO_CLIP := python/sparline/demo/assets/held_out.mp4
 
 demo: $(VENV)/.demo
@@ -102,6 +104,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python bench/report.py --check
+	$(BIN)/python tools/method_table.py --check
 
 format: $(VENV)/.dev
 	$(BIN)/clang-format -i $(CPP_FILES)
