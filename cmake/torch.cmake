@@ -28,6 +28,7 @@ endif()
 add_library(
   sparline_torch
   MODULE
+  ${PROJECT_SOURCE_DIR}/src/torch/device.cpp
   ${PROJECT_SOURCE_DIR}/src/torch/ops.cpp
   ${PROJECT_SOURCE_DIR}/src/torch/spec.cpp
   ${PROJECT_SOURCE_DIR}/src/torch/views.cpp
@@ -44,8 +45,11 @@ target_include_directories(sparline_torch SYSTEM PRIVATE ${SPARLINE_TORCH_DIR}/i
 # Without libtorch_cpu among the needed libraries its symbols stay invisible to the module.
 target_link_libraries(
   sparline_torch
-  PRIVATE sparline::sparline ${SPARLINE_TORCH_DIR}/lib/libtorch_cpu.so
+  PRIVATE sparline::sparline ${SPARLINE_TORCH_DIR}/lib/libtorch_cpu.so ${CMAKE_DL_LIBS}
 )
+if(NOT APPLE) # nor anything of the core or of CUDA's run-time library
+  target_link_options(sparline_torch PRIVATE LINKER:--exclude-libs,ALL)
+endif()
 set_target_properties(
   sparline_torch
   PROPERTIES

@@ -154,9 +154,9 @@ Executor default_executor(int num_threads = 0);
 struct Target {
   Device device = Device::kCPU;
   int num_threads = 1;    // CPU: sizes the workspace; results never depend on it
-  int cuda_arch = 0;      // CUDA: 80, 90, ...
-  std::string backend{};  // empty: the best that fits; else one by name ("cpu"); SPARLINE_BACKEND
-                          // overrides it
+  int cuda_arch = 0;      // CUDA: 80, 90, ...; 0: not known, taken for one that fits
+  std::string backend{};  // empty: the best that fits; else one by name ("cpu", "cuda");
+                          // SPARLINE_BACKEND overrides it
 };
 
 class Backend;  // src/core/backend.h
@@ -187,9 +187,16 @@ std::string explain(const Plan& plan);
 /// Names of the compiled backends and, for each, what it would use on this machine ("cpu: AVX2, 2
 /// cores").
 std::vector<std::string> compiled_backends();
+/// What the CUDA backend was compiled for ("sm_80", "sm_90", "PTX 90"); empty in a build without
+/// it.
+std::vector<std::string> compiled_cuda_archs();
+/// Target::cuda_arch of a CUDA device of this process; 0 for no such device and in a build without
+/// CUDA.
+int device_arch(int device_index);
 
-/// What the call runs on: the caller's CUDA stream, or the executor of the CPU loops (null:
-/// default_executor()).
+/// What the call runs on: the caller's CUDA stream, whose device is the current one, or the
+/// executor of the CPU loops (null: default_executor()). On a stream calls only launch: they are
+/// done when the stream is.
 struct Stream {
   void* cuda_stream = nullptr;
   const Executor* executor = nullptr;

@@ -34,12 +34,13 @@ void run(const char* call, const Plan& plan, const Args& args, std::span<std::by
   (plan.backend->*pass)(plan, args, workspace, with_executor(stream, plan.target, own));
 }
 
-/// A call that depends on no problem. The smallest one stands in for it, so that plan() stays the
-/// only place where a backend is picked.
+/// A call that depends on no problem. The smallest one that every backend runs stands in for it, so
+/// that plan() stays the only place where a backend is picked.
 template <class Args>
 void run(const char* call, const Target& target, const Args& args, Stream stream,
          void (Backend::*pass)(const Target&, const Args&, Stream) const) {
-  const Plan smallest = plan({.num_queries = 1, .num_keys = 1, .head_dim = 4}, target);
+  const Plan smallest =
+      plan({.num_queries = 1, .num_keys = 1, .head_dim = 4, .dtype = DType::kBF16}, target);
   require_backend(call, smallest);
   validate(args);
   Executor own;

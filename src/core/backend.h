@@ -24,6 +24,9 @@ class Backend {
   /// are set.
   virtual void complete(Plan& plan) const = 0;
 
+  /// What `explain` adds about a completed plan: whole lines, or nothing.
+  virtual std::string remarks(const Plan&) const { return ""; }
+
   virtual void route(const Plan& plan, const RouteArgs& args, std::span<std::byte> workspace,
                      Stream stream) const = 0;
   virtual void forward(const Plan& plan, const ForwardArgs& args, std::span<std::byte> workspace,
@@ -37,5 +40,6 @@ class Backend {
 };
 
 const Backend& cpu_backend();
+const Backend& cuda_backend();  // in builds with SPARLINE_WITH_CUDA
 
 }  // namespace sparline

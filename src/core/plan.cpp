@@ -2,7 +2,6 @@
 //
 // The one decision: plan() asks the compiled backends in order of preference, and writes down what
 // each answered.
-#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <sstream>
@@ -14,7 +13,22 @@ namespace sparline {
 namespace {
 
 /// All compiled backends, best first.
-std::array<const Backend*, 1> backends() { return {&cpu_backend()}; }
+std::vector<const Backend*> backends() {
+#ifdef SPARLINE_WITH_CUDA
+  return {&cuda_backend(), &cpu_backend()};
+#else
+  return {&cpu_backend()};
+#endif
+}
+
+#ifdef SPARLINE_WITH_CUDA
+constexpr bool kHasCuda = true;
+#else
+constexpr bool kHasCuda = false;
+#endif
+constexpr const char* kNoCuda =
+    "this build has no CUDA backend; build again where CMake finds nvcc (CUDA 12.4 or later), or "
+    "with -DSPARLINE_BUILD_CUDA=ON to be told why it does not";
 
 std::string backend_names() {
   std::string names;
@@ -36,7 +50,8 @@ std::string asked_backend(const Target& target) {
               std::string("plan: ") + (is_forced ? "SPARLINE_BACKEND" : "backend") +
                   " must name a compiled backend (" + backend_names() + "), got \"" + name +
                   "\". " + (is_forced ? "Unset it" : "Leave it empty") +
-                  " to take the best that fits.");
+                  " to take the best that fits" +
+                  (name == "cuda" ? std::string("; ") + kNoCuda : "") + ".");
 }
 
 Problem normalised(Problem problem) {
@@ -128,6 +143,9 @@ Plan plan(const Problem& problem, const Target& target) {
     }
     plan.rejected.push_back(std::string(backend->name()) + ": " + why);
   }
+  if (!kHasCuda && target.device == Device::kCUDA) {
+    plan.rejected.push_back(std::string("cuda: ") + kNoCuda);
+  }
   plan.reason = std::string("no compiled backend runs this problem on ") + name(target.device);
   for (const std::string& why : plan.rejected) plan.reason += "; " + why;
   return plan;
@@ -167,12 +185,26 @@ std::string explain(const Plan& plan) {
   if (plan.backend != nullptr) {
     out << "workspace_bytes: route " << plan.route_workspace_bytes << ", forward "
         << plan.forward_workspace_bytes << ", backward " << plan.backward_workspace_bytes << "\n";
-    out << "threads: " << plan.target.num_threads << ", " << plan.heads_per_wave
-        << " heads in flight\n";
+    if (plan.target.device == Device::kCPU) {
+      out << "threads: " << plan.target.num_threads << ", ";
+    } else {
+      out << "device: ";
+      if (plan.target.cuda_arch > 0) {
+        out << "sm_" << plan.target.cuda_arch << ", ";
+      } else {
+        out << "any, ";
+      }
+    }
+    out << plan.heads_per_wave << " heads in flight\n" << plan.backend->remarks(plan);
   }
   for (const std::string& why : plan.rejected) out << "rejected: " << why << "\n";
   return out.str();
 }
+
+#ifndef SPARLINE_WITH_CUDA
+std::vector<std::string> compiled_cuda_archs() { return {}; }
+int device_arch(int) { return 0; }
+#endif
 
 std::vector<std::string> compiled_backends() {
   std::vector<std::string> lines;

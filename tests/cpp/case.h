@@ -16,6 +16,8 @@ struct Case {
   uint64_t seed = 0;
   Problem problem{};
   RouteRule rule{};
+  Device device = Device::kCPU;  // kCUDA: under the emulator, where its memory is the host's
+  int64_t heads_per_wave = 0;    // fewer than the plan says; 0: as it says
   Layout layout = Layout::kBHND;
   double magnitude = 1.0;  // standard deviation of q and k
   bool has_proj_bias = true;

@@ -104,8 +104,8 @@ TEST(Oracle, RandomCasesOnEveryTarget) {
   for (const int64_t target : hwy::SupportedAndGeneratedTargets()) {
     SCOPED_TRACE(hwy::TargetName(target));
     const OnTarget on_target(target);
-    EXPECT_NE(compiled_backends()[0].find(hwy::TargetName(target)), std::string::npos)
-        << compiled_backends()[0] << " should name " << hwy::TargetName(target);
+    EXPECT_NE(compiled_backends().back().find(hwy::TargetName(target)), std::string::npos)
+        << compiled_backends().back() << " should name " << hwy::TargetName(target);
     for (uint64_t seed = 1000; seed < 1040; ++seed) check_case(random_case(seed));
   }
 }

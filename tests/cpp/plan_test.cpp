@@ -14,6 +14,11 @@ Problem small_problem() {
   return {.num_heads = 4, .num_kv_heads = 2, .num_queries = 100, .num_keys = 130, .head_dim = 64};
 }
 
+bool has_cuda() { return !compiled_cuda_archs().empty(); }
+
+/// The compiled backends, as messages list them.
+std::string names() { return has_cuda() ? "cuda, cpu" : "cpu"; }
+
 /// Sets SPARLINE_BACKEND for one scope.
 class ForcedBackend {
  public:
@@ -35,7 +40,7 @@ TEST_F(PlanTest, FillsInWhatTheProblemLeavesOpen) {
   EXPECT_EQ(p.query_blocks.size(), 1U);  // 128 rows
   EXPECT_EQ(p.key_blocks.size(), 3U);    // 64 rows
   EXPECT_GE(p.heads_per_wave, 1);
-  EXPECT_TRUE(p.rejected.empty());
+  EXPECT_EQ(p.rejected.size(), has_cuda() ? 1U : 0U);  // "cuda: it runs on CUDA tensors only"
 }
 
 TEST_F(PlanTest, IsPure) {
@@ -62,8 +67,10 @@ TEST_F(PlanTest, WorkspaceGrowsWithTheSequenceAndNotWithItsSquare) {
 TEST_F(PlanTest, NoBackendForCudaGivesAPlanThatSaysWhy) {
   const Plan p = plan(small_problem(), {.device = Device::kCUDA, .cuda_arch = 90});
   EXPECT_EQ(p.backend, nullptr);
-  EXPECT_EQ(p.rejected.size(), 1U);
+  EXPECT_EQ(p.rejected.size(), 2U);
   EXPECT_CONTAINS(p.reason, "no compiled backend runs this problem on CUDA");
+  EXPECT_CONTAINS(p.reason, has_cuda() ? "cuda: it stores bfloat16 and float16 only"
+                                       : "cuda: this build has no CUDA backend");
   EXPECT_CONTAINS(explain(p), "backend: none");
   EXPECT_CONTAINS(error_text(ErrorCode::kUnsupported, [&] { forward(p, {}, {}); }), p.reason);
 }
@@ -73,7 +80,7 @@ TEST_F(PlanTest, ABackendCanBeAskedForByName) {
   EXPECT_CONTAINS(explain(plan(small_problem(), {.backend = "cpu"})), "asked for by name");
   EXPECT_CONTAINS(
       error_text(ErrorCode::kInvalidArgument, [] { plan(small_problem(), {.backend = "abacus"}); }),
-      "backend must name a compiled backend (cpu), got \"abacus\". Leave it empty");
+      "backend must name a compiled backend (" + names() + "), got \"abacus\". Leave it empty");
 }
 
 TEST_F(PlanTest, TheEnvironmentOverridesTheTarget) {
@@ -81,7 +88,7 @@ TEST_F(PlanTest, TheEnvironmentOverridesTheTarget) {
     const ForcedBackend forced("abacus");
     EXPECT_CONTAINS(
         error_text(ErrorCode::kInvalidArgument, [] { plan(small_problem(), {.backend = "cpu"}); }),
-        "SPARLINE_BACKEND must name a compiled backend (cpu), got \"abacus\". Unset");
+        "SPARLINE_BACKEND must name a compiled backend (" + names() + "), got \"abacus\". Unset");
   }
   {
     const ForcedBackend forced("cpu");
@@ -157,8 +164,80 @@ TEST_F(PlanTest, WhatIsOffTakesNoWorkspace) {
 
 TEST_F(PlanTest, CompiledBackendsDescribeTheMachine) {
   const auto backends = compiled_backends();
-  ASSERT_EQ(backends.size(), 1U);
-  EXPECT_TRUE(backends[0].starts_with("cpu: ")) << backends[0];
+  ASSERT_EQ(backends.size(), has_cuda() ? 2U : 1U);
+  EXPECT_TRUE(backends.back().starts_with("cpu: ")) << backends.back();
+  if (has_cuda()) EXPECT_TRUE(backends[0].starts_with("cuda: compiled for sm_")) << backends[0];
+}
+
+// Plans for CUDA need no device.
+
+class CudaPlanTest : public PlanTest {
+ protected:
+  void SetUp() override {
+    if (!has_cuda()) GTEST_SKIP() << "this build has no CUDA backend";
+  }
+
+  static Problem cuda_problem() {
+    Problem problem = small_problem();
+    problem.dtype = DType::kBF16;
+    return problem;
+  }
+  static Plan cuda_plan(const Problem& problem, int arch = 90) {
+    return plan(problem, {.device = Device::kCUDA, .cuda_arch = arch});
+  }
+};
+
+TEST_F(CudaPlanTest, DevicesThatItRunsOnAndThoseThatItDoesNot) {
+  for (const int arch : {0, 80, 86, 89, 90, 100, 120}) {
+    const Plan p = cuda_plan(cuda_problem(), arch);
+    ASSERT_NE(p.backend, nullptr) << arch << ": " << p.reason;
+    EXPECT_CONTAINS(explain(p), "backend: cuda (compiled for ");
+    EXPECT_CONTAINS(explain(p), arch == 0 ? "device: any" : "device: sm_" + std::to_string(arch));
+  }
+  EXPECT_CONTAINS(cuda_plan(cuda_problem(), 75).reason,
+                  "it needs a device of compute capability 8.0 or later, and this one is sm_75");
+}
+
+TEST_F(CudaPlanTest, EveryTargetHasItsOwnBackend) {
+  EXPECT_CONTAINS(explain(plan(cuda_problem(), {})),
+                  "rejected: cuda: it runs on CUDA tensors only");
+  EXPECT_CONTAINS(plan(cuda_problem(), {.backend = "cuda"}).reason, "cpu: cuda was asked for");
+  EXPECT_NE(plan(cuda_problem(), {.device = Device::kCUDA, .backend = "cuda"}).backend, nullptr);
+}
+
+TEST_F(CudaPlanTest, SizesThat32BitsDoNotCountAreRefused) {
+  Problem problem = cuda_problem();
+  problem.batch = int64_t{1} << 24;
+  EXPECT_CONTAINS(cuda_plan(problem).reason, "it counts the blocks of all heads in 32 bits");
+}
+
+TEST_F(CudaPlanTest, LowBitSaysWhatADeviceLacks) {
+  Problem problem = cuda_problem();
+  problem.low_bit.is_enabled = true;
+  EXPECT_CONTAINS(explain(cuda_plan(problem, 86)), "sm_86 multiplies no fp8");
+  EXPECT_EQ(explain(cuda_plan(problem, 89)).find("fp8"), std::string::npos);
+}
+
+TEST_F(CudaPlanTest, WavesKeepTheWorkspaceBelowTheTensors) {
+  Problem problem = cuda_problem();
+  problem.batch = 2;
+  problem.num_heads = problem.num_kv_heads = 12;
+  problem.num_queries = problem.num_keys = 32760;
+  problem.head_dim = 128;
+  problem.block_map = BlockMap::kClass;
+  const double q_bytes = 2.0 * 24 * 32760 * 128;
+  const double row_bytes = 3.0 * 4 * 24 * 32760;
+  for (const Combine combine : {Combine::kSparse, Combine::kProjection, Combine::kBlend}) {
+    problem.combine = combine;
+    const Plan p = cuda_plan(problem);
+    EXPECT_LE(static_cast<double>(p.forward_workspace_bytes), 0.46 * q_bytes) << explain(p);
+    EXPECT_LE(static_cast<double>(p.backward_workspace_bytes), 0.81 * q_bytes + row_bytes)
+        << explain(p);
+    EXPECT_GE(p.heads_per_wave, 1);
+    EXPECT_LE(p.heads_per_wave, 24);
+  }
+  problem.num_queries = problem.num_keys = 256;  // few bytes: all heads in one wave
+  EXPECT_EQ(cuda_plan(problem).heads_per_wave, 24);
 }
 
 TEST(DefaultExecutor, CallsEveryIndexOnce) {

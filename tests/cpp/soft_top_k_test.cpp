@@ -291,7 +291,7 @@ TEST(SoftTopK, ErrorsNameTheRuleTheValueAndTheWayOut) {
       "soft_top_k: scores must have dtype float32, got float16. ");
   EXPECT_CONTAINS(error([&](SoftTopKArgs& args) { args.soft_map = args.scores; }),
                   "soft_top_k: soft_map is written, so it must not overlap scores");
-  EXPECT_CONTAINS(error([](SoftTopKArgs&) {}, {.device = Device::kCUDA}),
+  EXPECT_CONTAINS(error([](SoftTopKArgs&) {}, {.device = Device::kCUDA, .cuda_arch = 70}),
                   "soft_top_k: the plan must have a backend, got none: ");
   SoftTopKBackwardArgs backward{.d_soft_map = view(0, {1, 2, 3, 4}),
                                 .soft_map = view(1, {1, 2, 3, 4}),

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+# The CUDA backend, where a compiler for it is found. Its run-time library is linked in, and the driver is looked up when a
+# device is first used, so that what is built here loads on machines without either.
+set(
+  SPARLINE_BUILD_CUDA
+  AUTO
+  CACHE STRING
+  "Build the CUDA backend: AUTO (where nvcc is found), ON (or fail) or OFF"
+)
+set_property(CACHE SPARLINE_BUILD_CUDA PROPERTY STRINGS AUTO ON OFF)
+# 80-real is machine code for every 8.x. PTX of the newest is what the driver makes code for later cards from.
+set(
+  SPARLINE_CUDA_ARCHITECTURES
+  "80-real;90"
+  CACHE STRING
+  "What CUDA code is compiled for: numbers, of machine code and PTX, or with -real or -virtual of one of them"
+)
+
+set(SPARLINE_WITH_CUDA OFF)
+if(NOT SPARLINE_BUILD_CUDA)
+  return()
+endif()
+
+# Before the language is enabled: else it is tried, and kept, with the compiler's own idea of a device.
+set(CMAKE_CUDA_ARCHITECTURES ${SPARLINE_CUDA_ARCHITECTURES})
+include(CheckLanguage)
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  if(SPARLINE_BUILD_CUDA STREQUAL "AUTO")
+    message(STATUS "sparline: no CUDA compiler found, so without the CUDA backend")
+    return()
+  endif()
+  message(
+    FATAL_ERROR
+    "SPARLINE_BUILD_CUDA=ON needs nvcc, and none was found. "
+    "Put it on PATH, set CUDACXX or CMAKE_CUDA_COMPILER to it, or set SPARLINE_BUILD_CUDA=OFF."
+  )
+endif()
+foreach(arch IN LISTS SPARLINE_CUDA_ARCHITECTURES)
+  if(NOT arch MATCHES "^[0-9]+[af]?(-real|-virtual)?$" OR arch LESS 80)
+    message(
+      FATAL_ERROR
+      "SPARLINE_CUDA_ARCHITECTURES must hold numbers from 80 on, such as 80-real;90, got ${arch}. "
+      "List the compute capabilities of your devices."
+    )
+  endif()
+endforeach()
+if(SPARLINE_CCACHE AND NOT CMAKE_CUDA_COMPILER_LAUNCHER)
+  set(CMAKE_CUDA_COMPILER_LAUNCHER "${SPARLINE_CCACHE}")
+endif()
+enable_language(CUDA)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.4)
+  message(
+    FATAL_ERROR
+    "sparline needs CUDA 12.4 or later, and ${CMAKE_CUDA_COMPILER} is ${CMAKE_CUDA_COMPILER_VERSION}. "
+    "Point CUDACXX to a newer nvcc, or set SPARLINE_BUILD_CUDA=OFF."
+  )
+endif()
+find_package(CUDAToolkit QUIET REQUIRED)
+if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION) # not known to CMake 3.25
+  set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
+  set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
+endif()
+set(SPARLINE_WITH_CUDA ON)
+message(STATUS "sparline: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${SPARLINE_CUDA_ARCHITECTURES}")
+
+# A spilled register costs a fast kernel more than most mistakes do, but which are spilled is up to the compiler: an error
+# with the one that CI has, a warning with others.
+set(default OFF)
+if(CMAKE_CUDA_COMPILER_VERSION MATCHES "^13\\.0\\.")
+  set(default ON)
+endif()
+option(SPARLINE_SPILLS_ARE_ERRORS "Fail where a fast CUDA kernel spills registers" ${default})
+set(no_spills "-Xptxas=--warn-on-spills")
+if(SPARLINE_SPILLS_ARE_ERRORS)
+  set(no_spills "-Xptxas=--warn-on-spills,--warning-as-error")
+endif()
+
+# Kernels are objects of their own, so that what links the library needs no CUDA compiler to do so.
+file(GLOB SPARLINE_CUDA_SOURCES CONFIGURE_DEPENDS src/cuda/*.cpp)
+file(GLOB_RECURSE kernels CONFIGURE_DEPENDS src/cuda/*.cu)
+add_library(sparline_kernels OBJECT ${kernels})
+target_include_directories(
+  sparline_kernels
+  PRIVATE ${PROJECT_SOURCE_DIR}/include ${PROJECT_SOURCE_DIR}/src
+)
+target_compile_options(sparline_kernels PRIVATE --expt-relaxed-constexpr)
+set_target_properties(
+  sparline_kernels
+  PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden
+)
+foreach(file IN LISTS kernels)
+  # A spilled register costs a fast kernel more than most mistakes do: read these warnings.
+  set(options "-Xptxas=--warn-on-spills")
+  # Products of fp8 values exist from 8.9 on.
+  if(file MATCHES "low_bit[^/]*\\.cu$" AND "80-real" IN_LIST SPARLINE_CUDA_ARCHITECTURES)
+    list(APPEND options "--generate-code=arch=compute_89,code=[sm_89]")
+  endif()
+  set_source_files_properties(${file} PROPERTIES COMPILE_OPTIONS "${options}")
+endforeach()

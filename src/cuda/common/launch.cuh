@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Kernel launches: one place that raises the shared memory limit and checks for errors.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "sparline/error.h"
+
+namespace sparline::cuda {
+
+inline void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  throw Error(ErrorCode::kInternal, std::string("CUDA: ") + what +
+                                        " failed: " + cudaGetErrorString(status) +
+                                        ". Please report it with the output of `sparline doctor`.");
+}
+
+/// Whether kernels may be launched before the one ahead of them on the stream has finished: from
+/// compute capability 9.0 on. A call is a sequence of up to some forty kernels of 10 to 20
+/// microseconds, and this hides the launches between them.
+bool can_launch_early();  // on the current device
+
+struct LaunchShape {
+  int64_t blocks = 1;  // at most 2^31 - 1, along x; nothing is launched for 0
+  int threads = 128;
+  int64_t shared_bytes = 0;  // dynamic
+};
+
+/// kernel<<<shape, stream>>>(args...)
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), const LaunchShape& shape, void* stream, Args&&... args) {
+  if (shape.blocks == 0) return;
+  constexpr int64_t kDefaultLimitBytes = 48 * 1024;
+  if (shape.shared_bytes > kDefaultLimitBytes) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shape.shared_bytes)),
+          "raising the shared memory limit");
+  }
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &early;
+  config.numAttrs = can_launch_early() ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "launching a kernel");
+}
+
+inline void fill_zero(void* data, int64_t bytes, void* stream) {
+  if (bytes == 0) return;
+  check(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)),
+        "clearing memory");
+}
+
+}  // namespace sparline::cuda
+
+/// The block's dynamic shared memory, aligned to 128 bytes.
+#define SPARLINE_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]

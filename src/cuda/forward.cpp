@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The stages of the forward (docs/math.md, "Forward"):
+//   block tables, where segments need them; the mean key, if keys are smoothed
+//   o_s and lse of all heads; under low bit wave by wave, after the codes of its keys and values
+//   wave by wave, o_s in o becomes the combination with o_l
+#include "cuda/device.h"
+#include "cuda/host.h"
+
+namespace sparline::cuda {
+namespace {
+
+/// Codes and steps of the keys and values of a wave.
+struct Codes {
+  int8_t* k_codes;   // code_bytes()
+  float* k_steps;    // (pairs, T_n)
+  uint8_t* v_codes;  // code_bytes()
+  float* v_steps;    // (pairs, num_sequences, D)
+  float* v_peaks;    // (pairs, T_n, D)
+
+  Codes(const Frame& frame, int64_t pairs, Arena& arena) {
+    const int64_t codes = code_bytes(frame, pairs);
+    const int64_t blocks = pairs * frame.keys.num_blocks;
+    k_codes = arena.take<int8_t>(codes);
+    k_steps = arena.take<float>(blocks);
+    v_codes = arena.take<uint8_t>(codes);
+    v_steps = arena.take<float>(pairs * frame.keys.num_sequences * frame.head_dim);
+    v_peaks = arena.take<float>(blocks * frame.head_dim);
+  }
+};
+
+/// What the forward keeps in its workspace. The stages follow one another on a stream, so that what
+/// belongs to one stage alone shares `scratch`.
+struct ForwardSpace {
+  Frame frame;
+  bool is_low_bit, is_linear, has_sparse;
+  float* k_mean;     // (B, H_kv, num_sequences, D), if keys are smoothed
+  float* row_votes;  // (B, H, T_m), under a skip rule
+  std::byte* scratch;
+  int64_t pairs_per_wave, total_bytes;
+
+  ForwardSpace(const Plan& plan, std::byte* base) {
+    const Problem& p = plan.problem;
+    Arena arena(base);
+    frame = take_frame(plan, arena);
+    is_linear = has_linear_branch(p);
+    has_sparse = p.combine != Combine::kLinear || has_protected_queries(plan);
+    is_low_bit = p.low_bit.is_enabled && has_sparse;
+    const int64_t mean_floats = num_pairs(p) * frame.keys.num_sequences * p.head_dim;
+    const int64_t sum_floats = int64_t{num_pairs(p)} * frame.keys.num_blocks * p.head_dim;
+    const bool has_skip = p.skip.reference != SkipReference::kNone;
+    k_mean = arena.take<float>(p.smooth_k ? mean_floats : 0);
+    row_votes = arena.take<float>(has_skip ? p.batch * p.num_heads * frame.queries.num_blocks : 0);
+    const auto wave_bytes = [&](int64_t pairs) {
+      LinearParams params = linear_params(plan, frame);
+      params.wave.count = static_cast<int32_t>(pairs);
+      return std::max(is_linear ? linear_forward_bytes(params) : 0,
+                      is_low_bit ? codes_bytes(pairs) : 0);
+    };
+    const int64_t budget = std::max(kFreeWaveBytes, q_bytes(p) * 9 / 20);
+    pairs_per_wave = cuda::pairs_per_wave(num_pairs(p), plan.heads_per_wave, budget, wave_bytes);
+    Arena sums;
+    sums.take<float>(p.smooth_k ? sum_floats : 0);
+    scratch = arena.take<std::byte>(std::max(sums.used_bytes(), wave_bytes(pairs_per_wave)));
+    total_bytes = arena.used_bytes();
+  }
+
+ private:
+  int64_t codes_bytes(int64_t pairs) const {
+    Arena arena;
+    Codes(frame, pairs, arena);
+    return arena.used_bytes();
+  }
+};
+
+}  // namespace
+
+int64_t forward_workspace_bytes(const Plan& plan) {
+  return ForwardSpace(plan, nullptr).total_bytes;
+}
+int64_t forward_pairs_per_wave(const Plan& plan) {
+  return ForwardSpace(plan, nullptr).pairs_per_wave;
+}
+
+void forward(const Plan& plan, const ForwardArgs& args, std::byte* workspace, void* stream) {
+  const Problem& p = plan.problem;
+  const ForwardSpace space(plan, workspace);
+  fill_tables(plan, space.frame, stream);
+  const DenseFloats row_votes(args.row_votes, space.row_votes);
+
+  SparseForward sparse{.frame = space.frame,
+                       .wave = {0, num_pairs(p)},
+                       .dtype = p.dtype,
+                       .block_q = p.block_q,
+                       .block_k = p.block_k,
+                       .q = rows_of(args.q, args.query_order),
+                       .k = rows_of(args.k, args.key_order),
+                       .v = rows_of(args.v, args.key_order),
+                       .o = rows_of(args.o, args.query_order),
+                       .lse = scalars_of(args.lse, args.query_order),
+                       .scale = static_cast<float>(p.softmax_scale),
+                       .map = map_of(p, args.block_map),
+                       .tile_bits = bits_of(p, args.tile_bits, p.bit_rows),
+                       .skip = p.skip,
+                       .kept_bits = bits_of(p, args.kept_bits, p.skip.rows),
+                       .row_votes = row_votes.data,
+                       .tile_order = ints(args.tile_order),
+                       .tile_order_stride = args.tile_order.stride[2],
+                       .is_protected_only = p.combine == Combine::kLinear,
+                       .low_bit = p.low_bit};
+  if (p.smooth_k) {
+    find_k_mean(plan, space.frame, sparse.k, reinterpret_cast<float*>(space.scratch), space.k_mean,
+                stream);
+    sparse.k_mean = space.k_mean;
+  }
+  if (!space.is_low_bit) {
+    sparse.low_bit = {};
+    sparse_forward(sparse, stream);  // without a sparse branch: lse alone
+  }
+
+  LinearParams linear = linear_params(plan, space.frame);
+  linear.q = sparse.q;
+  linear.k = sparse.k;
+  linear.v = sparse.v;
+  linear.map = sparse.map;
+  linear.k_mean = sparse.k_mean;
+  set_weights(linear, args.weights, args.query_order);
+  const bool has_waves = space.is_low_bit || space.is_linear;
+  for_each_wave(has_waves ? num_pairs(p) : 0, space.pairs_per_wave, [&](const Wave& wave) {
+    if (space.is_low_bit) {
+      Arena arena(space.scratch);
+      const Codes codes(space.frame, wave.count, arena);
+      sparse.wave = wave;
+      sparse.k_codes = codes.k_codes;
+      sparse.k_steps = codes.k_steps;
+      sparse.v_codes = codes.v_codes;
+      sparse.v_steps = codes.v_steps;
+      quantise_keys_values(sparse, codes.k_codes, codes.k_steps, codes.v_codes, codes.v_steps,
+                           codes.v_peaks, stream);
+      sparse_forward_low_bit(sparse, stream);
+    }
+    if (space.is_linear) {
+      linear.wave = wave;
+      linear_forward(linear, sparse.o, space.scratch, stream);
+    }
+  });
+  row_votes.finish(stream);
+}
+
+}  // namespace sparline::cuda

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/sm80/linear_bwd_query.cuh"
+
+namespace sparline::cuda {
+namespace {
+
+template <class T, int kHeadDim>
+void run(const LinearQueryBackward& args, void* stream) {
+  if (args.params.forward.block_q <= 64) {
+    return launch_query_kernel<LinearTileTraits<T, kHeadDim, 64, kHeadDim, 1>>(args, stream);
+  }
+  launch_query_kernel<LinearTileTraits<T, kHeadDim, 128, kHeadDim, 1>>(args, stream);
+}
+
+template <class T>
+void run(const LinearQueryBackward& args, void* stream) {
+  if (args.params.forward.frame.head_dim <= 64) return run<T, 64>(args, stream);
+  run<T, 128>(args, stream);
+}
+
+}  // namespace
+
+void linear_backward_queries(const LinearQueryBackward& args, void* stream) {
+  const LinearParams& p = args.params.forward;
+  if (is_hedgehog(p.feature_map)) return linear_backward_queries_hedgehog(args, stream);
+  if (p.frame.head_dim > 128) return linear_backward_queries_256(args, stream);
+  if (p.dtype == DType::kBF16) return run<bf16>(args, stream);
+  run<fp16>(args, stream);
+}
+
+}  // namespace sparline::cuda

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/kernels.h"
+
+namespace sparline::cuda {
+
+template <int kHeadDim>
+void sparse_forward(const SparseForward& params, void* stream);  // sparse_fwd.cuh
+
+void sparse_forward(const SparseForward& params, void* stream) {
+  if (params.frame.head_dim <= 64) return sparse_forward<64>(params, stream);
+  if (params.frame.head_dim <= 128) return sparse_forward<128>(params, stream);
+  sparse_forward<256>(params, stream);
+}
+
+}  // namespace sparline::cuda
