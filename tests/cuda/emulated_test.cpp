@@ -1,0 +1,466 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The CUDA backend, its kernels run by the emulator, against the oracle and against the CPU
+// backend.
+//   SPARLINE_CASES=n            random cases of each kind (default 40 to 96)
+//   SPARLINE_SEED=s             only the case of this seed
+//   SPARLINE_EMULATOR_ORDER=o   emulator/emulator.h
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <random>
+
+#include "case.h"
+#include "emulator/emulator.h"
+
+namespace sparline::testing {
+namespace {
+
+using cuda::emulator::Order;
+using cuda::emulator::set_order;
+using oracle::Array;
+using oracle::Inputs;
+using oracle::Outputs;
+
+int64_t from_environment(const char* name, int64_t fallback) {
+  const char* value = std::getenv(name);
+  return value != nullptr ? std::atoll(value) : fallback;
+}
+
+uint64_t num_cases(int64_t fallback) {
+  return static_cast<uint64_t>(from_environment("SPARLINE_CASES", fallback));
+}
+
+/// The case on CUDA, which has no float32.
+Case on_cuda(Case c) {
+  c.device = Device::kCUDA;
+  if (c.problem.dtype == DType::kF32) c.problem.dtype = c.seed % 2 ? DType::kF16 : DType::kBF16;
+  return c;
+}
+
+void check_case(const Case& c, double slack = 1.0) {
+  Inputs inputs = random_inputs(c);
+  std::string misuse;
+  const Outputs got = run(c, inputs, &misuse);
+  inputs.kept_bits = got.kept_bits;
+  EXPECT_EQ(misuse, "") << describe(c);
+  const Outputs want = oracle::attend(c.problem, inputs);
+  EXPECT_EQ(compare(c, got, want, slack), "") << describe(c);
+  // The rounding of o, in delta, comes out of d_block_map magnified by 1 / m: m of it is compared.
+  Array got_map = got.d_soft_map, want_map = want.d_soft_map;
+  for (size_t n = 0; n < want_map.data.size(); ++n) {
+    got_map.data[n] *= inputs.soft_map.data[n];
+    want_map.data[n] *= inputs.soft_map.data[n];
+  }
+  EXPECT_LT(error(got_map, want_map, 1.0), 0.05 * slack) << describe(c);
+}
+
+Case plain_case() {
+  Case c{.seed = 1};
+  c.problem = {.num_heads = 2,
+               .num_kv_heads = 1,
+               .num_queries = 90,
+               .num_keys = 100,
+               .head_dim = 16,
+               .dtype = DType::kBF16,
+               .block_q = 32,
+               .block_k = 16,
+               .combine = Combine::kProjection,
+               .block_map = BlockMap::kClass};
+  c.device = Device::kCUDA;
+  return c;
+}
+
+bool is_same_bits(const Array& a, const Array& b) {
+  return a.shape == b.shape &&
+         std::equal(a.data.begin(), a.data.end(), b.data.begin(), [](double x, double y) {
+           return x == y ? std::signbit(x) == std::signbit(y) : std::isnan(x) && std::isnan(y);
+         });
+}
+
+void expect_same_bits(const Outputs& a, const Outputs& b, const std::string& what) {
+  EXPECT_TRUE(is_same_bits(a.o, b.o)) << what << ": o";
+  EXPECT_TRUE(is_same_bits(a.lse, b.lse)) << what << ": lse";
+  EXPECT_TRUE(is_same_bits(a.d_q, b.d_q)) << what << ": d_q";
+  EXPECT_TRUE(is_same_bits(a.d_k, b.d_k)) << what << ": d_k";
+  EXPECT_TRUE(is_same_bits(a.d_v, b.d_v)) << what << ": d_v";
+  const auto& g = a.d_weights;
+  const auto& w = b.d_weights;
+  EXPECT_TRUE(is_same_bits(g.proj_weight, w.proj_weight)) << what << ": d_proj_weight";
+  EXPECT_TRUE(is_same_bits(g.proj_bias, w.proj_bias)) << what << ": d_proj_bias";
+  EXPECT_TRUE(is_same_bits(g.feature_weight_q, w.feature_weight_q))
+      << what << ": d_feature_weight_q";
+  EXPECT_TRUE(is_same_bits(g.feature_bias_q, w.feature_bias_q)) << what << ": d_feature_bias_q";
+  EXPECT_TRUE(is_same_bits(g.feature_weight_k, w.feature_weight_k))
+      << what << ": d_feature_weight_k";
+  EXPECT_TRUE(is_same_bits(g.feature_bias_k, w.feature_bias_k)) << what << ": d_feature_bias_k";
+  EXPECT_TRUE(is_same_bits(g.alpha_logit, w.alpha_logit)) << what << ": d_alpha_logit";
+  EXPECT_TRUE(is_same_bits(a.d_soft_map, b.d_soft_map)) << what << ": d_block_map";
+  EXPECT_TRUE(is_same_bits(a.row_votes, b.row_votes)) << what << ": row_votes";
+  EXPECT_EQ(a.kept_bits, b.kept_bits) << what << ": kept_bits";
+}
+
+// Against the oracle -----------------------------------------------------------------------------
+
+TEST(Oracle, RandomCases) {
+  const int64_t seed = from_environment("SPARLINE_SEED", -1);
+  if (seed >= 0) return check_case(on_cuda(random_case(static_cast<uint64_t>(seed))));
+  for (uint64_t n = 0; n < num_cases(96); ++n) check_case(on_cuda(random_case(n)));
+}
+
+TEST(Oracle, EveryFeatureMapScopeAndCombination) {
+  for (int map = 0; map < 6; ++map) {
+    for (int scope = 0; scope < 3; ++scope) {
+      for (int combine = 0; combine < 5; ++combine) {
+        Case c = plain_case();
+        c.seed = static_cast<uint64_t>(100 * map + 10 * scope + combine);
+        c.problem.num_queries = 50;
+        c.problem.num_keys = 60;
+        c.problem.feature_map = static_cast<FeatureMap>(map);
+        c.problem.linear_scope = static_cast<LinearScope>(scope);
+        c.problem.combine = static_cast<Combine>(combine);
+        check_case(c);
+      }
+    }
+  }
+}
+
+TEST(Oracle, EveryHeadDimension) {
+  for (const int64_t dim : {4, 6, 8, 14, 18, 24, 40, 62, 64, 66, 72, 96, 126, 128, 130, 256}) {
+    Case c = plain_case();
+    c.seed = static_cast<uint64_t>(dim);
+    c.problem.num_queries = 37;
+    c.problem.num_keys = 45;
+    c.problem.head_dim = dim;
+    c.problem.dtype = dim % 4 == 0 ? DType::kF16 : DType::kBF16;
+    check_case(c);
+  }
+}
+
+TEST(Oracle, EveryBlockSize) {
+  for (int block = 16; block <= 128; block += block < 34 ? 3 : 19) {
+    for (const bool is_query : {false, true}) {
+      Case c = plain_case();
+      c.seed = static_cast<uint64_t>(block);
+      c.problem.num_heads = 1;
+      c.problem.num_queries = c.problem.num_keys = 140;
+      c.problem.block_q = is_query ? block : 64;
+      c.problem.block_k = is_query ? 64 : block;
+      check_case(c);
+    }
+  }
+}
+
+TEST(Oracle, EveryShortLength) {
+  for (int64_t length = 1; length <= 34; ++length) {
+    Case c = plain_case();
+    c.seed = static_cast<uint64_t>(length);
+    c.problem.num_queries = length;
+    c.problem.num_keys = 35 - length;
+    c.problem.block_q = 16;
+    check_case(c);
+  }
+}
+
+/// The sizes that the kernels are made for.
+TEST(Oracle, FastSizes) {
+  for (const DType dtype : {DType::kBF16, DType::kF16}) {
+    for (const int64_t dim : {64, 128}) {
+      for (const int block_q : {64, 128}) {
+        Case c = plain_case();
+        c.problem.num_heads = 1;
+        c.problem.num_queries = 2 * block_q + 1;
+        c.problem.num_keys = 300;
+        c.problem.head_dim = dim;
+        c.problem.dtype = dtype;
+        c.problem.block_q = block_q;
+        c.problem.block_k = 64;
+        check_case(c);
+      }
+    }
+  }
+}
+
+// Laws -------------------------------------------------------------------------------------------
+
+/// A barrier too few, and the order of threads would show.
+TEST(Law, ResultsDoNotDependOnTheOrderOfThreads) {
+  for (uint64_t seed = 2000; seed < 2016; ++seed) {
+    const Case c = on_cuda(random_case(seed));
+    const Inputs inputs = random_inputs(c);
+    std::string misuse;
+    set_order(Order::kForward);
+    const Outputs want = run(c, inputs, &misuse);
+    const auto want_classes = run_route(c, inputs.q, inputs.k, &misuse);
+    for (const Order order : {Order::kReverse, Order::kRandom}) {
+      set_order(order, seed);
+      expect_same_bits(run(c, inputs, &misuse), want, describe(c));
+      EXPECT_EQ(run_route(c, inputs.q, inputs.k, &misuse), want_classes) << describe(c);
+    }
+    set_order(Order::kForward);
+    EXPECT_EQ(misuse, "") << describe(c);
+  }
+}
+
+TEST(Law, LayoutsGiveTheSameBits) {
+  for (uint64_t seed = 2200; seed < 2208; ++seed) {
+    Case c = on_cuda(random_case(seed));
+    const Inputs inputs = random_inputs(c);
+    std::string misuse;
+    c.layout = Layout::kBHND;
+    const Outputs packed = run(c, inputs, &misuse);
+    for (const Layout layout : {Layout::kBNHD, Layout::kPadded}) {
+      c.layout = layout;
+      expect_same_bits(run(c, inputs, &misuse), packed, describe(c));
+    }
+  }
+}
+
+/// Heads in one wave or in many: each head's results are the same bits, gradients of shared weights
+/// the same sums.
+TEST(Law, ResultsDoNotDependOnTheWaves) {
+  for (uint64_t seed = 2300; seed < 2316; ++seed) {
+    Case c = on_cuda(random_case(seed));
+    c.problem.batch = 2;
+    const Inputs inputs = random_inputs(c);
+    std::string misuse;
+    const Outputs together = run(c, inputs, &misuse);
+    for (const int64_t heads : {1, 3}) {
+      c.heads_per_wave = heads;
+      Outputs apart = run(c, inputs, &misuse);
+      EXPECT_EQ(misuse, "") << describe(c);
+      auto& got = apart.d_weights;
+      const auto& want = together.d_weights;
+      const auto expect_near = [&](Array& sum, const Array& wanted) {
+        EXPECT_LT(error(sum, wanted), 1e-5) << describe(c);
+        sum = wanted;
+      };
+      expect_near(got.proj_weight, want.proj_weight);
+      expect_near(got.proj_bias, want.proj_bias);
+      expect_near(got.feature_weight_q, want.feature_weight_q);
+      expect_near(got.feature_bias_q, want.feature_bias_q);
+      expect_near(got.feature_weight_k, want.feature_weight_k);
+      expect_near(got.feature_bias_k, want.feature_bias_k);
+      expect_same_bits(apart, together, describe(c));
+    }
+  }
+}
+
+/// A NaN or infinity in one head reaches no other head and no other batch item.
+TEST(Law, NanStaysInItsHead) {
+  for (const Combine combine :
+       {Combine::kSparse, Combine::kLinear, Combine::kSum, Combine::kBlend}) {
+    for (const char* where : {"q", "k", "v", "d_o"}) {
+      for (const double poison : {std::nan(""), HUGE_VAL}) {
+        Case c = plain_case();
+        c.problem.batch = 2;
+        c.problem.num_queries = 50;
+        c.problem.num_keys = 60;
+        c.problem.combine = combine;
+        c.problem.linear_scope = LinearScope::kAll;
+        c.problem.num_kv_heads = 2;
+        if (combine == Combine::kBlend) {
+          c.problem.smooth_k = c.problem.low_bit.is_enabled = true;
+          c.problem.skip = {SkipReference::kKeptLse, -1.0, 16};
+        }
+        const Inputs clean = random_inputs(c);
+        Inputs inputs = clean;
+        Array& target = where[0] == 'q'   ? inputs.q
+                        : where[0] == 'k' ? inputs.k
+                        : where[0] == 'v' ? inputs.v
+                                          : inputs.d_o;
+        target.row(0, 1, 20)[3] = poison;
+        std::string misuse;
+        Outputs got = run(c, inputs, &misuse);
+        Outputs want = run(c, clean, &misuse);
+        EXPECT_EQ(misuse, "");
+        for (Outputs* out : {&got, &want}) {  // what batch item 0, head 1 holds is free
+          for (Array* array : {&out->o, &out->d_q, &out->d_k, &out->d_v}) {
+            double* const begin = array->row(0, 1, 0);
+            std::fill(begin, begin + array->shape[2] * array->shape[3], 0.0);
+          }
+          std::vector<Array*> rows{&out->lse};
+          if (combine == Combine::kBlend) {
+            rows.insert(rows.end(), {&out->row_votes, &out->d_weights.alpha_logit});
+            const size_t head_bytes = out->kept_bits.size() / 4;
+            std::fill_n(out->kept_bits.begin() + head_bytes, head_bytes, uint8_t{0});
+          }
+          for (Array* array : rows) std::fill_n(array->row(0, 0, 1), array->shape[3], 0.0);
+        }
+        expect_same_bits(got, want, std::string(where) + " with " + std::to_string(poison));
+      }
+    }
+  }
+}
+
+// Routing, against the CPU backend ---------------------------------------------------------------
+
+Array random_array(std::mt19937_64& engine, std::array<int64_t, 4> shape, double deviation,
+                   DType dtype) {
+  std::normal_distribution<double> normal(0.0, deviation);
+  Array array(shape);
+  for (double& value : array.data) value = rounded(normal(engine), dtype);
+  return array;
+}
+
+/// The classes of a random rule on one of the backends.
+std::vector<int8_t> route_classes(const Case& c, const Inputs& in, const Array& proj_q,
+                                  const Array& proj_k) {
+  const Problem& p = c.problem;
+  const Plan plan = sparline::plan(p, {.device = c.device});
+  const GuardedTensor q(p.dtype, in.q, c.layout), k(p.dtype, in.k, c.layout);
+  const auto weights = [](const Array& array) {
+    return array.empty() ? GuardedTensor() : GuardedTensor(DType::kF32, array);
+  };
+  const auto order = [](const std::vector<int32_t>& rows) {
+    return rows.empty() ? TensorView()
+                        : contiguous_view(const_cast<int32_t*>(rows.data()), DType::kI32,
+                                          {1, 1, 1, static_cast<int64_t>(rows.size())});
+  };
+  const GuardedTensor weights_q = weights(proj_q), weights_k = weights(proj_k);
+  const GuardedTensor block_class(
+      DType::kI8,
+      {p.batch, p.num_heads, int64_t(plan.query_blocks.size()), int64_t(plan.key_blocks.size())},
+      c.layout);
+  GuardedWorkspace space(plan.route_workspace_bytes);
+  route(plan,
+        {.q = q.view(),
+         .k = k.view(),
+         .rule = c.rule,
+         .proj_q = weights_q.view(),
+         .proj_k = weights_k.view(),
+         .query_order = order(in.query_order),
+         .key_order = order(in.key_order),
+         .block_class = block_class.view()},
+        space.span());
+  EXPECT_EQ(block_class.misuse() + space.misuse(), "") << describe(c);
+  std::vector<int8_t> classes;
+  for (const double value : block_class.load().data) {
+    classes.push_back(static_cast<int8_t>(value));
+  }
+  return classes;
+}
+
+/// With `is_exact` pooled scores have no rounding, so that ties are ties; else there are none, but
+/// for what float32 cannot tell apart (none of these seeds has such a pair).
+void expect_the_classes_of_the_cpu(uint64_t seed, bool is_exact) {
+  Case c = on_cuda(random_case(seed));
+  std::mt19937_64 engine(seed);
+  const auto pick = [&](auto... choices) {
+    const std::common_type_t<decltype(choices)...> all[] = {choices...};
+    return all[engine() % sizeof...(choices)];
+  };
+  Problem& p = c.problem;
+  p.bit_rows = 0;
+  p.skip = {};
+  p.low_bit = {};
+  p.num_keys = p.num_keys * 2;
+  p.key_segments.clear();
+  p.query_segments.clear();
+  if (!is_exact && seed % 2 == 0) {
+    p.query_segments = {{0, p.num_queries / 2, 0, false},
+                        {p.num_queries / 2, p.num_queries, 2, seed % 4 == 0}};
+    p.key_segments = {{0, p.num_keys / 3, 0, false},
+                      {p.num_keys / 3, p.num_keys / 2, 0, true},
+                      {p.num_keys / 2, p.num_keys, 2, false}};
+  }
+  c.rule.selection =
+      pick(Selection::kTopK, Selection::kTopP, Selection::kUnion, Selection::kIntersection);
+  c.rule.critical_count = pick(0, 0, 0, 1, 3, 1000);
+  c.rule.critical_mass = pick(0.0, 0.13, 0.47, 0.91, 1.0);
+  c.rule.is_longest_prefix = pick(false, true);
+  c.rule.min_similarity = pick(-1.0, -1.0, 0.031, 0.073);
+  if (is_exact) {
+    p.block_q = p.block_k = 16;
+    p.num_queries = (p.num_queries + 15) / 16 * 16;
+    p.num_keys = (p.num_keys + 15) / 16 * 16;
+    c.rule.smooth_k = false;
+  }
+  Inputs in = random_inputs(c);
+  if (is_exact) {
+    for (Array* array : {&in.q, &in.k}) {
+      for (double& value : array->data) value = std::clamp(std::round(value), -2.0, 2.0);
+    }
+  }
+  Array proj_q, proj_k;
+  if (!is_exact && pick(false, true)) {
+    const double deviation = 1.0 / std::sqrt(static_cast<double>(p.head_dim));
+    const int64_t dim = p.head_dim;
+    proj_q =
+        random_array(engine, {1, pick(int64_t{1}, p.num_heads), dim, dim}, deviation, DType::kF32);
+    proj_k =
+        random_array(engine, {1, pick(int64_t{1}, p.num_heads), dim, dim}, deviation, DType::kF32);
+  }
+  const auto got = route_classes(c, in, proj_q, proj_k);
+  c.device = Device::kCPU;
+  EXPECT_EQ(got, route_classes(c, in, proj_q, proj_k))
+      << "seed " << seed << " selection " << static_cast<int>(c.rule.selection) << " ratio "
+      << c.rule.critical_ratio << " count " << c.rule.critical_count << " mass "
+      << c.rule.critical_mass << " longest " << c.rule.is_longest_prefix << " similarity "
+      << c.rule.min_similarity << " smooth_k " << c.rule.smooth_k << " projections "
+      << proj_q.shape[1] << " " << proj_k.shape[1] << " " << describe(c);
+}
+TEST(Route, RandomCalls) {
+  for (uint64_t seed = 0; seed < num_cases(40); ++seed) expect_the_classes_of_the_cpu(seed, false);
+}
+TEST(Route, TiesAreTies) {
+  for (uint64_t seed = 0; seed < num_cases(40); ++seed) expect_the_classes_of_the_cpu(seed, true);
+}
+
+// SoftTop-k, against the CPU backend -------------------------------------------------------------
+
+Array run_soft_top_k(Device device, const Array& scores, std::vector<float> kappa,
+                     double temperature, Layout layout) {
+  const GuardedTensor x(DType::kF32, scores, layout), m(DType::kF32, scores.shape, layout);
+  soft_top_k({.device = device},
+             {.scores = x.view(),
+              .kappa = contiguous_view(kappa.data(), DType::kF32, {1, 1, 1, int64_t(kappa.size())}),
+              .temperature = temperature,
+              .soft_map = m.view()});
+  EXPECT_EQ(m.misuse(), "");
+  return m.load();
+}
+Array run_soft_top_k_backward(Device device, const Array& d_soft_map, const Array& soft_map,
+                              double temperature, Layout layout) {
+  const GuardedTensor d_m(DType::kF32, d_soft_map, layout), m(DType::kF32, soft_map, layout);
+  const GuardedTensor d_x(DType::kF32, soft_map.shape, layout);
+  soft_top_k_backward({.device = device}, {.d_soft_map = d_m.view(),
+                                           .soft_map = m.view(),
+                                           .temperature = temperature,
+                                           .d_scores = d_x.view()});
+  EXPECT_EQ(d_x.misuse(), "");
+  return d_x.load();
+}
+TEST(SoftTopK, RandomMaps) {
+  for (uint64_t seed = 0; seed < num_cases(60); ++seed) {
+    std::mt19937_64 engine(seed);
+    const auto up_to = [&](int64_t most) { return static_cast<int64_t>(engine() % most) + 1; };
+    const std::array<int64_t, 4> shape{up_to(2), up_to(3), up_to(12), up_to(seed % 3 ? 70 : 1200)};
+    Array scores = random_array(engine, shape, std::pow(10.0, double(up_to(4)) - 2.0), DType::kF32);
+    for (double& x : scores.data) {
+      if (seed % 2 && up_to(3) == 1) x = -std::numeric_limits<double>::infinity();
+    }
+    std::vector<float> kappa;
+    for (int64_t row = 0; row < shape[0] * shape[1] * shape[2]; ++row) {
+      kappa.push_back(static_cast<float>(up_to(1000)) * 1.1e-3f * static_cast<float>(shape[3]));
+    }
+    const Array d_soft_map = random_array(engine, shape, 1.0, DType::kF32);
+    const double temperature = seed % 5 ? 0.1 : 1.0;
+    const auto layout = static_cast<Layout>(seed % 3);
+    const Array got = run_soft_top_k(Device::kCUDA, scores, kappa, temperature, layout);
+    const Array want = run_soft_top_k(Device::kCPU, scores, kappa, temperature, layout);
+    // Either may miss kappa by 2e-5 of it, and a single m may hold all of that.
+    const float most = *std::max_element(kappa.begin(), kappa.end());
+    EXPECT_LT(error(got, want), 4e-5 * std::max(1.0f, most)) << "seed " << seed;
+    EXPECT_LT(error(run_soft_top_k_backward(Device::kCUDA, d_soft_map, want, temperature, layout),
+                    run_soft_top_k_backward(Device::kCPU, d_soft_map, want, temperature, layout)),
+              2e-5)
+        << "seed " << seed;
+  }
+}
+
+}  // namespace
+}  // namespace sparline::testing
