@@ -16,7 +16,7 @@ from .methods import BlockRouter, Method, Recipe
 from .reference import Weights
 
 LAYOUTS = ("bhnd", "bnhd")
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cuda", "cpu", "reference")
 
 
 def to_bhnd(caller: str, x: Tensor, layout: str) -> Tensor:

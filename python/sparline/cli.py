@@ -213,6 +213,9 @@ def explain(
     grid: Annotated[
         str | None, typer.Option(help="T,H,W of the tokens, for methods that order them.")
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, or a kind of CUDA device: sm_80, sm_90, ...")
+    ] = "cpu",
     option: Annotated[list[str] | None, typer.Option("--set", help="Option, key=value.")] = None,
 ) -> None:
     """Explain a method: its maths, its options and learned tensors, its cost, and its plan here."""
@@ -220,7 +223,7 @@ def explain(
     from sparline.generate import InputError
 
     with _one_line_errors(InputError, ImportError, ValueError, TypeError, RuntimeError):
-        text = describe.explain(method, option or [], shape, keys, kv_heads, dtype, grid)
+        text = describe.explain(method, option or [], shape, keys, kv_heads, dtype, grid, device)
     console.print(text, highlight=False, markup=False)
 
 

@@ -201,12 +201,16 @@ def kept_share(method: Method, sample: Sample) -> float:
     length = q.shape[2]
     axes = make_axes("inspect", recipe, length, length, sample.grid, None, None, (), ())
     tiles = route_tiles(q, k, recipe, Weights(), axes, None, None)
-    keys = rows_of(axes.key_segments, length, recipe.block_k, None, "cpu").counts.double()
+    keys = rows_of(
+        axes.key_segments, length, recipe.block_k, None, torch.device("cpu")
+    ).counts.double()
     if tiles.bits is not None:  # rows choose one by one; short blocks are filled up with none
         rows = unpack_bits(tiles.bits, len(keys)).sum(dim=2).cpu().double()  # (1, H, T_n)
         return ((rows @ keys).sum() / (rows.shape[1] * length**2)).item()
     assert isinstance(tiles.block_map, Tensor)
-    queries = rows_of(axes.query_segments, length, recipe.block_q, None, "cpu").counts.double()
+    queries = rows_of(
+        axes.query_segments, length, recipe.block_q, None, torch.device("cpu")
+    ).counts.double()
     critical = (tiles.block_map == CRITICAL).cpu().double()
     kept = torch.einsum("bhij,i,j->", critical, queries, keys)
     return (kept / (critical.shape[1] * length**2)).item()

@@ -34,6 +34,7 @@ def explain(
     kv_heads: int | None = None,
     dtype: str = "float32",
     grid: str | None = None,
+    device: str = "cpu",
 ) -> str:
     """The text of ``sparline explain``; InputError for what the caller can mend."""
     q_shape = _parse_sizes("--shape", shape, 4, "B,H,N,D", "1,4,8192,64")
@@ -54,7 +55,7 @@ def explain(
     place = _grid_of(grid, length) if chosen.recipe.needs_grid else None
     if k_shape[2] != length and place is not None:
         raise InputError(f"--keys: {method} is for self-attention, where queries are the keys.")
-    plan = explain_call(q_shape, k_shape, _DTYPES[dtype], chosen, place)
+    plan = explain_call(q_shape, k_shape, _DTYPES[dtype], chosen, place, device)
     return "\n".join([*parts, _section("plan", plan.strip().splitlines())])
 
 
@@ -64,11 +65,12 @@ def explain_call(
     dtype: torch.dtype,
     method: Method,
     grid: Grid | None = None,
+    device: str = "cpu",
 ) -> str:
     """The plan of a call, without its data."""
     # Expanded scalars: the shapes matter, the memory does not. The last stride must be 1.
     q, k = (torch.empty(1, shape[-1], dtype=dtype).expand(shape) for shape in (q_shape, k_shape))
-    return sparline.explain(q, k, method=method, grid=grid)
+    return sparline.explain(q, k, method=method, grid=grid, device=device)
 
 
 # Maths ------------------------------------------------------------------------------------------

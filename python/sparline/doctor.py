@@ -38,10 +38,19 @@ def report(console: Console) -> bool:
         except ImportError as error:
             console.print(f"\n{error}", highlight=False, markup=False)
         return False
+    device = "cuda" if torch.cuda.is_available() and _has_cuda() else "cpu"
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
     for name, shape in _TYPICAL.items():
-        console.print(f"\n[bold]{name}, SLA, float32 {shape}[/bold]", highlight=False)
-        console.print(explain_call(shape, shape, torch.float32, sparline.SLA()), markup=False)
+        title = f"{name}, SLA, {str(dtype).removeprefix('torch.')} {shape} on {device}"
+        console.print(f"\n[bold]{title}[/bold]", highlight=False)
+        console.print(
+            explain_call(shape, shape, dtype, sparline.SLA(), device=device), markup=False
+        )
     return True
+
+
+def _has_cuda() -> bool:
+    return bool(json.loads(torch.ops.sparline.build_info())["cuda_archs"])
 
 
 def _versions() -> list[tuple[str, str]]:
@@ -63,12 +72,51 @@ def _machine() -> list[tuple[str, str]]:
         ("processor", f"{cpu_name()}, {cores} cores, torch uses {torch.get_num_threads()} threads"),
         ("torch sees", torch.backends.cpu.get_cpu_capability()),
     ]
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(idx) for idx in range(torch.cuda.device_count())]
-        rows.append(("CUDA devices", ", ".join(names)))
+    return [*rows, ("torch CUDA", _torch_cuda()), ("CUDA devices", _devices())]
+
+
+def _torch_cuda() -> str:
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    return f"{torch.version.cuda}, " + (
+        "usable" if torch.cuda.is_available() else "no device or driver that it can use"
+    )
+
+
+def _devices() -> str:
+    """What torch sees, and what of the compiled code each device runs."""
+    if not torch.cuda.is_available():
+        return "none"
+    archs = json.loads(torch.ops.sparline.build_info())["cuda_archs"] if _ops.available() else []
+    lines = []
+    for idx in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(idx)
+        name = torch.cuda.get_device_name(idx)
+        lines.append(f"{idx}: {name}, sm_{major}{minor}: {code_for(10 * major + minor, archs)}")
+    return "\n".join(lines)
+
+
+def code_for(arch: int, compiled: list[str]) -> str:
+    """What of the compiled code a device of compute capability ``arch`` (80, 90, ...) runs, and
+    what that device lacks. Machine code runs on devices of its major number that are not older, PTX
+    on all that are not older."""
+    if not compiled:
+        return "not used, as this sparline was built without CUDA"
+    if arch < 80:
+        return "too old, 8.0 is needed"
+    codes = [int(name[3:]) for name in compiled if name.startswith("sm_")]
+    ptx = [int(name[4:]) for name in compiled if name.startswith("PTX ")]
+    fitting = [code for code in codes if code // 10 == arch // 10 and code <= arch]
+    if fitting:
+        text = f"runs code for sm_{max(fitting)}"
+    elif any(version <= arch for version in ptx):
+        version = max(version for version in ptx if version <= arch)
+        text = f"runs PTX {version}, which the driver compiles at first use"
     else:
-        rows.append(("CUDA devices", "none"))
-    return rows
+        return f"runs none of {', '.join(compiled)}; build with SPARLINE_CUDA_ARCHITECTURES={arch}"
+    if arch < 89:
+        text += "; no fp8, so low_bit multiplies its e4m3 values as float16"
+    return text
 
 
 def _library() -> list[tuple[str, str]]:

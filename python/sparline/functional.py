@@ -12,7 +12,6 @@ import dataclasses
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _ops, arguments, reference
@@ -20,7 +19,18 @@ from .arguments import flatten, make_spec, picks_reference, to_bhnd
 from .methods import BlockRouter, ChunkRouter, Method, Recipe
 from .reference import Weights, unpack_bits
 from .routing import Tiles, operator_order, pool_rows, route_tiles
-from .tokens import Axes, Grids, Lengths, Spans, make_axes, rows_of
+from .tokens import (
+    Axes,
+    Grids,
+    Lengths,
+    Spans,
+    blocks_of,
+    kept,
+    make_axes,
+    plain,
+    rows_of,
+    segment_numbers,
+)
 
 #: alpha = 0.9 where nothing has been learned or measured.
 DEFAULT_ALPHA_LOGIT = 2.2
@@ -121,8 +131,8 @@ def attention(
         protected_k: spans of keys that every query of their sequence attends exactly.
         return_lse: also return the natural log of the critical softmax sums, (B, H, N_q), a
             constant for autograd.
-        backend: None for the best kernels that fit, "cpu", or "reference" (plain PyTorch, any
-            dtype, slow). The environment variable ``SPARLINE_BACKEND`` overrides it.
+        backend: None for the best kernels that fit, "cuda", "cpu", or "reference" (plain PyTorch,
+            any dtype, slow). The environment variable ``SPARLINE_BACKEND`` overrides it.
 
     Returns:
         o in the shape, layout and dtype of q, or (o, lse).
@@ -293,7 +303,8 @@ def explain(
 ) -> str:
     """The plan for such a call in words: backend, blocks, workspace, what was rejected and why.
 
-    ``device`` "cpu" or "cuda" asks for another device than that of q.
+    ``device`` "cpu" or "cuda" asks for another device than that of q, "sm_80", "sm_90", ... for a
+    CUDA device of that kind.
     """
     _ops.require()
     arguments.check_method("explain", method)
@@ -317,7 +328,9 @@ def explain(
     if router is not None and not has_bits:
         is_soft = isinstance(router, BlockRouter) and router.mode != "hard"
         options["block_map"] = "soft" if is_soft else "class"
-    if device is not None:
+    if device is not None and device.startswith("sm_"):
+        options["device"], options["cuda_arch"] = "cuda", device.removeprefix("sm_")
+    elif device is not None:
         options["device"] = device
     text: str = torch.ops.sparline.explain(
         q,
@@ -388,7 +401,10 @@ class _Call:
 
     def route(self) -> Tiles:
         q, k, _ = self.qkv
-        with torch.autocast(q.device.type, enabled=False):  # routers rank what comes in
+        if q.is_cuda and q.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+            # Routers rank what comes in, where they can: the GPU's take 16 bits.
+            q, k = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k))
+        with torch.autocast(q.device.type, enabled=False):
             return route_tiles(q, k, self.recipe, self.weights, self.axes, self.scale, self.backend)
 
 
@@ -450,24 +466,45 @@ def _tile_order(call: _Call) -> Tensor | None:
     skip = call.recipe.skip
     if skip is None or skip.tile_order == "ascending":
         return None
-    query_blocks, key_blocks = call.blocks
-    order = torch.empty(len(query_blocks), len(key_blocks), dtype=torch.int32)
-    for sequence in dict.fromkeys(block.sequence for block in query_blocks):
-        rows = [i for i, block in enumerate(query_blocks) if block.sequence == sequence]
-        columns = [j for j, block in enumerate(key_blocks) if block.sequence == sequence]
-        others = [j for j, block in enumerate(key_blocks) if block.sequence != sequence]
-        j = torch.arange(len(columns))
-        if skip.tile_order == "reverse":
-            distance = -j.double().expand(len(rows), -1)
-        else:  # outwards from the diagonal, the nearer first, the lower index first at a tie
-            i = torch.arange(len(rows), dtype=torch.float64)[:, None]
-            distance = (j - ((i + 0.5) * len(columns) / len(rows) - 0.5)).abs()
-            if skip.tile_order == "sink_first":
-                distance[:, :1] = -1.0
-        first = torch.tensor(columns, dtype=torch.long)[distance.argsort(dim=-1, stable=True)]
-        last = torch.tensor(others, dtype=torch.long).expand(len(rows), -1)
-        order[rows] = torch.cat([first, last], dim=1).to(torch.int32)
-    return order.to(call.qkv[0].device)
+    q, k, _ = call.qkv
+    return _tile_order_on(
+        skip.tile_order,
+        segment_numbers(call.axes.query_segments),
+        segment_numbers(call.axes.key_segments),
+        plain((q.shape[2], k.shape[2], call.recipe.block_q, call.recipe.block_k)),
+        q.device,
+    )
+
+
+@kept
+def _tile_order_on(
+    name: str,
+    query_segments: tuple[int, ...],
+    key_segments: tuple[int, ...],
+    sizes: tuple[int, ...],
+    device: torch.device,
+) -> Tensor:
+    num_queries, num_keys, block_q, block_k = sizes
+    query_blocks = blocks_of(query_segments, num_queries, block_q)
+    key_blocks = blocks_of(key_segments, num_keys, block_k)
+    with torch.device("cpu"):
+        order = torch.empty(len(query_blocks), len(key_blocks), dtype=torch.int32)
+        for sequence in dict.fromkeys(block.sequence for block in query_blocks):
+            rows = [i for i, block in enumerate(query_blocks) if block.sequence == sequence]
+            columns = [j for j, block in enumerate(key_blocks) if block.sequence == sequence]
+            others = [j for j, block in enumerate(key_blocks) if block.sequence != sequence]
+            j = torch.arange(len(columns))
+            if name == "reverse":
+                distance = -j.double().expand(len(rows), -1)
+            else:  # outwards from the diagonal, the nearer first, the lower index first at a tie
+                i = torch.arange(len(rows), dtype=torch.float64)[:, None]
+                distance = (j - ((i + 0.5) * len(columns) / len(rows) - 0.5)).abs()
+                if name == "sink_first":
+                    distance[:, :1] = -1.0
+            first = torch.tensor(columns, dtype=torch.long)[distance.argsort(dim=-1, stable=True)]
+            last = torch.tensor(others, dtype=torch.long).expand(len(rows), -1)
+            order[rows] = torch.cat([first, last], dim=1).to(torch.int32)
+    return order.to(device)
 
 
 def _alpha_rows(call: _Call) -> Tensor:
@@ -478,7 +515,7 @@ def _alpha_rows(call: _Call) -> Tensor:
     if logit is None:
         return q.new_full((batch, num_heads, length), DEFAULT_ALPHA_LOGIT, dtype=torch.float32)
     axes = call.axes
-    rows = rows_of(axes.query_segments, length, call.recipe.block_q, axes.order, q.device)
+    rows = rows_of(axes.query_segments, length, call.recipe.block_q, axes.order_key, q.device)
     if logit.shape[1] == 1:
         values = logit.expand(num_heads, length)
     else:
@@ -498,7 +535,12 @@ def stretch(values: Tensor, length: int) -> Tensor:
     """(H, T) interpolated to (H, length), linearly, end points mapped onto each other."""
     if values.shape[1] == length:
         return values
-    return F.interpolate(values[None], size=length, mode="linear", align_corners=True)[0]
+    # Written out, because the gradient of F.interpolate adds up in no fixed order on a GPU.
+    last = values.shape[1] - 1
+    at = torch.linspace(0.0, last, length, dtype=torch.float64, device=values.device)
+    low = at.floor().long().clamp(max=max(last - 1, 0))
+    share = (at - low).to(values.dtype)
+    return torch.lerp(values[:, low], values[:, (low + 1).clamp(max=last)], share)
 
 
 # VSA's coarse branch ----------------------------------------------------------------------------
@@ -529,9 +571,11 @@ def _with_coarse_branch(
     block. Protected rows keep o_f."""
     q, k, v = call.qkv
     axes, recipe = call.axes, call.recipe
-    rows_q = rows_of(axes.query_segments, q.shape[2], recipe.block_q, axes.order, q.device)
-    rows_k = rows_of(axes.key_segments, k.shape[2], recipe.block_k, axes.order, k.device)
+    rows_q = rows_of(axes.query_segments, q.shape[2], recipe.block_q, axes.order_key, q.device)
+    rows_k = rows_of(axes.key_segments, k.shape[2], recipe.block_k, axes.order_key, k.device)
     means = pool_rows(q, rows_q), pool_rows(k, rows_k), pool_rows(v, rows_k)
+    if q.is_cuda:  # whose kernels store 16 bits
+        means = means[0].to(q.dtype), means[1].to(q.dtype), means[2].to(q.dtype)
     coarse = dataclasses.replace(
         call,
         qkv=means,
@@ -541,8 +585,7 @@ def _with_coarse_branch(
     with torch.autocast(q.device.type, enabled=False):
         o_means = _attend(coarse, Tiles())[0]
     o_coarse = o_means[:, :, rows_q.block_of_row].to(o_fine.dtype)
-    protected = torch.tensor([b.is_protected for b in rows_q.blocks], device=q.device)
-    protected = protected[rows_q.block_of_row][:, None]
+    protected = rows_q.is_protected[rows_q.block_of_row][:, None]
     coarse_term = o_coarse if gate_coarse is None else gate_coarse.to(o_fine.dtype) * o_coarse
     fine_term = o_fine if gate_fine is None else gate_fine.to(o_fine.dtype) * o_fine
     return torch.where(protected, o_fine, coarse_term + fine_term)

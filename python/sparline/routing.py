@@ -17,8 +17,8 @@ from torch import Tensor
 from . import reference
 from .arguments import flatten, make_spec, picks_reference, route_options
 from .methods import BlockRouter, ChunkRouter, Recipe
-from .reference import Block, Weights, pack_bits
-from .tokens import Axes, Rows, rows_of
+from .reference import Segment, Weights, pack_bits
+from .tokens import Axes, Rows, order_on, rows_of
 
 
 class Tiles(NamedTuple):
@@ -118,8 +118,8 @@ def _soft_map(
     if not router.trains_qk:
         q, k = q.detach(), k.detach()
     with torch.autocast(q.device.type, enabled=False):
-        rows_q = rows_of(axes.query_segments, q.shape[2], recipe.block_q, axes.order, q.device)
-        rows_k = rows_of(axes.key_segments, k.shape[2], recipe.block_k, axes.order, k.device)
+        rows_q = rows_of(axes.query_segments, q.shape[2], recipe.block_q, axes.order_key, q.device)
+        rows_k = rows_of(axes.key_segments, k.shape[2], recipe.block_k, axes.order_key, k.device)
         pooled_q, pooled_k = pool_rows(q, rows_q), pool_rows(k, rows_k)
         pooled_k = _smooth_pooled(pooled_k, rows_k)
         pooled_k = pooled_k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
@@ -127,13 +127,7 @@ def _soft_map(
             pooled_q = pooled_q @ weights.router_q.to(pooled_q.dtype).mT
             pooled_k = pooled_k @ weights.router_k.to(pooled_k.dtype).mT
         scores = (scale or q.shape[3] ** -0.5) * pooled_q @ pooled_k.mT
-        ranked = torch.tensor(
-            [
-                [a.sequence == b.sequence and not b.is_protected for b in rows_k.blocks]
-                for a in rows_q.blocks
-            ],
-            device=q.device,
-        )
+        ranked = (rows_q.sequence[:, None] == rows_k.sequence) & ~rows_k.is_protected
         scores = scores.masked_fill(~ranked, float("-inf"))
         if router.softmax:
             has_any = ranked.any(dim=-1, keepdim=True)
@@ -153,16 +147,21 @@ def _soft_map(
 def pool_rows(x: Tensor, rows: Rows) -> Tensor:
     """Means of the blocks, (B, H, T, D), float32 at least; differentiable."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    sums = x.new_zeros((*x.shape[:2], len(rows.blocks), x.shape[3]), dtype=dtype)
-    sums = sums.index_add(2, rows.block_of_row, x.to(dtype))
+    num_blocks = len(rows.blocks)
+    if rows.even_rows:  # without atomics: faster on a GPU, and the same bits every time
+        x = x if rows.order is None else x.index_select(2, rows.order)
+        x = F.pad(x, (0, 0, 0, num_blocks * rows.even_rows - x.shape[2]))
+        sums = torch.unflatten(x, 2, (num_blocks, rows.even_rows)).sum(dim=3, dtype=dtype)
+    else:
+        sums = x.new_zeros((*x.shape[:2], num_blocks, x.shape[3]), dtype=dtype)
+        sums = sums.index_add(2, rows.block_of_row, x.to(dtype))
     return sums / rows.counts.to(dtype)[:, None]
 
 
 def _smooth_pooled(pooled: Tensor, rows: Rows) -> Tensor:
     """Pooled keys minus the mean key of their sequence. It moves all scores of a row alike."""
     counts = rows.counts.to(pooled.dtype)
-    sequence = torch.tensor([b.sequence for b in rows.blocks], device=pooled.device)
-    same = (sequence[:, None] == sequence).to(pooled.dtype) * counts
+    same = (rows.sequence[:, None] == rows.sequence).to(pooled.dtype) * counts
     return pooled - (same / same.sum(dim=1, keepdim=True)) @ pooled
 
 
@@ -171,45 +170,48 @@ def _smooth_pooled(pooled: Tensor, rows: Rows) -> Tensor:
 
 def _choose_chunks(q: Tensor, k: Tensor, recipe: Recipe, router: ChunkRouter, axes: Axes) -> Tiles:
     """Which rows attend which key blocks, from the gate q . mean(k of a chunk)."""
-    assert axes.chunks is not None
-    device, length, chunks = q.device, k.shape[2], axes.chunks
-    order = torch.arange(length) if axes.order is None else axes.order
-    order = order.to(device)
-    rows_q = rows_of(axes.query_segments, length, recipe.block_q, axes.order, device)
-    rows_k = rows_of(axes.key_segments, length, recipe.block_k, axes.order, device)
-    ends = [n for n in range(1, length + 1) if n == length or chunks[n] != chunks[n - 1]]
-    chunk_blocks = [Block(a, b) for a, b in itertools.pairwise([0, *ends])]
-    chunk_of_position = torch.tensor(chunks, device=device)
-    chunk_of_row = torch.zeros_like(chunk_of_position).scatter(0, order, chunk_of_position)
-    means = pool_rows(k, Rows(chunk_blocks, chunk_of_row))
+    assert axes.chunk_ends is not None
+    device, length, ends = q.device, k.shape[2], axes.chunk_ends
+    # By row in memory for tensors, by position for what is compared with blocks.
+    rows_q = rows_of(axes.query_segments, length, recipe.block_q, axes.order_key, device)
+    places_q = rows_of(axes.query_segments, length, recipe.block_q, None, device)
+    places_k = rows_of(axes.key_segments, length, recipe.block_k, None, device)
+    chunks = [Segment(a, b) for a, b in itertools.pairwise((0, *ends))]
+    chunk_rows = rows_of(chunks, length, length, axes.order_key, device)
+    chunk_of_position = rows_of(chunks, length, length, None, device).block_of_row
+    means = pool_rows(k, chunk_rows)
     means = means.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, H, C, D)
 
-    own = F.one_hot(chunk_of_position, len(ends)).bool()  # (N, C), by position
+    own = chunk_of_position[:, None] == torch.arange(len(ends), device=device)  # (N, C)
     if router.pool_queries:
         queries = pool_rows(q, rows_q)  # (B, H, T_m, D)
-        own = torch.stack([own[b.begin : b.end].any(dim=0) for b in rows_q.blocks])
+        own_blocks = own.new_zeros(len(rows_q.blocks), len(ends))
+        own = own_blocks.index_put((places_q.block_of_row, chunk_of_position), own.new_ones(()))
     else:
-        queries = q[:, :, order].to(means.dtype)  # (B, H, N, D)
+        key = axes.order_key
+        queries = q if key is None else q[:, :, order_on(key, device, torch.int64)]
+        queries = queries.to(means.dtype)  # (B, H, N, D)
     gate = queries @ means.mT  # (B, H, rows, C), unscaled
     kept = torch.zeros_like(gate, dtype=torch.bool)
-    for sequence in dict.fromkeys(b.sequence for b in rows_k.blocks):
+    for sequence in dict.fromkeys(b.sequence for b in places_k.blocks):
         # A sequence is a run of positions, and so of blocks and of chunks.
-        inside = [b for b in rows_k.blocks if b.sequence == sequence]
-        columns = slice(chunks[inside[0].begin], chunks[inside[-1].end - 1] + 1)
+        inside = [b for b in places_k.blocks if b.sequence == sequence]
+        first = sum(end <= inside[0].begin for end in ends)
+        columns = slice(first, sum(end < inside[-1].end for end in ends) + 1)
         rows = slice(inside[0].begin, inside[-1].end)
         if router.pool_queries:
-            places = [i for i, b in enumerate(rows_q.blocks) if b.sequence == sequence]
-            rows = slice(places[0], places[-1] + 1)
+            blocks = [i for i, b in enumerate(rows_q.blocks) if b.sequence == sequence]
+            rows = slice(blocks[0], blocks[-1] + 1)
         chosen = select_chunks(gate[:, :, rows, columns], own[rows, columns], router)
         kept[:, :, rows, columns] = chosen
-    bits = kept[..., torch.tensor([chunks[b.begin] for b in rows_k.blocks], device=device)]
+    bits = kept[..., chunk_of_position[places_k.begins]]  # (B, H, rows, T_n)
     if router.pool_queries:
         return Tiles(bits.to(torch.int8))
     # Bits are laid out block by block: short blocks are filled up.
-    sizes = [b.end - b.begin for b in rows_q.blocks]
-    places = [i * recipe.block_q + r for i, size in enumerate(sizes) for r in range(size)]
-    padded = bits.new_zeros((*bits.shape[:2], len(sizes) * recipe.block_q, bits.shape[3]))
-    padded[:, :, torch.tensor(places, device=device)] = bits
+    block = places_q.block_of_row
+    in_block = torch.arange(length, device=device) - places_q.begins[block]
+    padded = bits.new_zeros((*bits.shape[:2], len(rows_q.blocks) * recipe.block_q, bits.shape[3]))
+    padded[:, :, block * recipe.block_q + in_block] = bits
     return Tiles(bits=pack_bits(padded), bit_rows=1)
 
 
@@ -248,4 +250,4 @@ def select_chunks(gate: Tensor, own: Tensor, router: ChunkRouter) -> Tensor:
 
 def operator_order(axes: Axes, q: Tensor) -> Tensor | None:
     """The order as the operators take it: int32, on the device of q."""
-    return None if axes.order is None else axes.order.to(q.device, torch.int32)
+    return None if axes.order_key is None else order_on(axes.order_key, q.device, torch.int32)

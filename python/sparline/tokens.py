@@ -11,8 +11,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -50,9 +50,10 @@ class Axes(NamedTuple):
     query_segments: list[Segment]  # of positions; [] is one sequence with nothing protected
     key_segments: list[Segment]
     order: Tensor | None = (
-        None  # int64 (N), of both axes: the row at each position; None: as stored
+        None  # int64 (N) on the CPU, of both axes: the row at each position; None: as stored
     )
-    chunks: list[int] | None = None  # of each position, counted through; ChunkRouter only
+    order_key: tuple[int, ...] | None = None  # what the order follows from, for order_on
+    chunk_ends: tuple[int, ...] | None = None  # positions where chunks end; ChunkRouter only
 
 
 class Rows(NamedTuple):
@@ -60,29 +61,124 @@ class Rows(NamedTuple):
 
     blocks: list[Block]
     block_of_row: Tensor  # int64 (N)
+    counts: Tensor  # float32 (T): rows of each block
+    sequence: Tensor  # int64 (T)
+    is_protected: Tensor  # bool (T)
+    even_rows: int  # of each block, but for a shorter last one; 0 where they differ
+    order: Tensor | None  # int64 (N): the row at each position; None: as stored
 
     @property
-    def counts(self) -> Tensor:
-        """Rows of each block, float32 (T)."""
-        return torch.tensor(
-            [b.end - b.begin for b in self.blocks],
-            dtype=torch.float32,
-            device=self.block_of_row.device,
-        )
+    def begins(self) -> Tensor:
+        """The first position of each block, int64 (T)."""
+        counts = self.counts.long()
+        return counts.cumsum(dim=0) - counts
+
+
+# Tensors of positions, kept ---------------------------------------------------------------------
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def kept(build: Callable[P, R]) -> Callable[P, R]:
+    """Makes a function of plain values, that returns tensors, keep what it returned.
+
+    Tensors of positions follow from sizes, segments and grids. Made at every call they would cost a
+    copy to the device, which waits for it and which a CUDA graph cannot capture. torch.compile
+    takes them for constants. Nobody may write to them.
+    """
+    keep = functools.lru_cache(maxsize=64)(build)
+
+    # In a tuple, whose parts torch.compile tells apart: two constant tensors of one function would
+    # bear one name.
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def constant(*args: P.args, **kwargs: P.kwargs) -> tuple[R]:
+        # Tensors of a transform or of a fake mode, and inference tensors, are of no use afterwards.
+        in_transform = torch._C._functorch.peek_interpreter_stack() is not None
+        if in_transform or torch._guards.detect_fake_mode() is not None:
+            return (build(*args, **kwargs),)
+        with torch.inference_mode(False):
+            return (keep(*args, **kwargs),)  # type: ignore[arg-type]
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        result: R = constant(*args, **kwargs)[0]
+        return result
+
+    return call
+
+
+def plain(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Numbers that dynamic shapes made symbols become constants."""
+    if not torch.compiler.is_compiling():
+        return tuple(numbers)
+    from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+    return tuple([int(guard_scalar(n)) for n in numbers])
+
+
+def segment_numbers(segments: Iterable[Segment]) -> tuple[int, ...]:
+    """Segments as plain numbers, which functions that are ``kept`` take."""
+    return plain(itertools.chain.from_iterable(segments))
+
+
+def blocks_of(numbers: tuple[int, ...], length: int, block_rows: int) -> list[Block]:
+    """The blocks of an axis from ``segment_numbers``."""
+    segments = [
+        Segment(begin, end, sequence, bool(is_protected))
+        for begin, end, sequence, is_protected in zip(*[iter(numbers)] * 4, strict=True)
+    ]
+    return make_blocks(segments, length, block_rows)
 
 
 def rows_of(
-    segments: Sequence[Segment], length: int, block_rows: int, order: Tensor | None, device: object
+    segments: Sequence[Segment],
+    length: int,
+    block_rows: int,
+    order_key: tuple[int, ...] | None,
+    device: torch.device,
 ) -> Rows:
     """An axis of ``length`` rows, cut into blocks."""
-    blocks = make_blocks(segments, length, block_rows)
-    sizes = torch.tensor([b.end - b.begin for b in blocks])
-    block_of_position = torch.repeat_interleave(torch.arange(len(blocks)), sizes)
-    if order is not None:
-        block_of_row = torch.empty_like(block_of_position)
-        block_of_row[order.cpu()] = block_of_position
+    length, block_rows = plain((length, block_rows))
+    tables = _row_tables(segment_numbers(segments), length, block_rows, order_key, device)
+    order = None if order_key is None else order_on(order_key, device, torch.int64)
+    return Rows(make_blocks(segments, length, block_rows), *tables, order)
+
+
+@kept
+def _row_tables(
+    segments: tuple[int, ...],
+    length: int,
+    block_rows: int,
+    order_key: tuple[int, ...] | None,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """What ``Rows`` knows of its blocks."""
+    blocks = blocks_of(segments, length, block_rows)
+    sizes = torch.tensor([b.end - b.begin for b in blocks], device="cpu")
+    block_of_row = torch.repeat_interleave(torch.arange(len(blocks), device="cpu"), sizes)
+    if order_key is not None:
         block_of_position = block_of_row
-    return Rows(blocks, block_of_position.to(device))  # type: ignore[call-overload]
+        block_of_row = torch.empty_like(block_of_position)
+        block_of_row[_constant_order(*order_key)[0]] = block_of_position
+    *inner, last = sizes.tolist()
+    even_rows = inner[0] if inner and {*inner} == {max(inner[0], last)} else 0
+    sequence = torch.tensor([b.sequence for b in blocks], device="cpu")
+    is_protected = torch.tensor([b.is_protected for b in blocks], device="cpu")
+    return (
+        block_of_row.to(device),
+        sizes.float().to(device),
+        sequence.to(device),
+        is_protected.to(device),
+        even_rows if inner else last,
+    )
+
+
+@kept
+def order_on(order_key: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The row at each position, on a device."""
+    order, _ = _constant_order(*order_key)
+    assert order is not None
+    return order.to(device, dtype)
 
 
 # Orders of a grid -------------------------------------------------------------------------------
@@ -166,10 +262,13 @@ def make_axes(
             "them."
         )
     order: Tensor | None = None
+    order_key: tuple[int, ...] | None = None
     borders: list[int] = []
     if recipe.needs_grid:
         grids = _check_grids(caller, recipe, grid, offsets_q, offsets_k)
-        order, borders = _order_of(recipe, grids)
+        order_key = _order_key(recipe, grids)
+        order, constant_borders = _constant_order(*order_key)
+        borders = list(constant_borders)
     cuts_blocks = recipe.has_cube_blocks
     cuts_keys = cuts_blocks or isinstance(recipe.router, ChunkRouter)
     query_segments = _cut(caller, "protected_q", offsets_q, spans_q, borders if cuts_blocks else ())
@@ -178,12 +277,11 @@ def make_axes(
         query_segments = []
     if is_plain and not cuts_keys:
         key_segments = []
-    chunks = None
+    chunk_ends = None
     if isinstance(recipe.router, ChunkRouter):
-        starts = [0, *borders]
-        sizes = [b - a for a, b in itertools.pairwise([*starts, num_keys])]
-        chunks = [n for n, size in enumerate(sizes) for _ in range(size)]
-    return Axes(query_segments, key_segments, order, chunks)
+        chunk_ends = plain((*borders, num_keys))
+    key = None if order is None else order_key
+    return Axes(query_segments, key_segments, order, key, chunk_ends)
 
 
 def _check_grids(
@@ -231,28 +329,21 @@ def _to_grid(caller: str, grid: object) -> Grid:
     return Grid(*numbers)
 
 
-def _order_of(recipe: Recipe, grids: Sequence[Grid]) -> tuple[Tensor | None, list[int]]:
-    """The order of all sequences, and the positions where boxes or text begin."""
+def _order_key(recipe: Recipe, grids: Sequence[Grid]) -> tuple[int, ...]:
+    """What the order of all sequences follows from, in plain numbers."""
     box = recipe.cube if recipe.token_order == "cubes" else (-1, -1, -1)
     if isinstance(recipe.router, ChunkRouter):
         box = recipe.router.chunk
-    numbers = list(itertools.chain(*grids))
-    if torch.compiler.is_compiling():  # numbers that dynamic shapes made symbols become constants
-        from torch.fx.experimental.symbolic_shapes import guard_scalar
-
-        numbers = [int(guard_scalar(n)) for n in numbers]
-    order, borders = _constant_order(*box, *numbers)
-    return order, list(borders)
+    return plain([*box, *itertools.chain(*grids)])
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@kept
 def _constant_order(*numbers: int) -> tuple[Tensor | None, tuple[int, ...]]:
-    """``_box_order`` of plain ints, for torch.compile: it takes the result for a constant."""
+    """The order of all sequences on the CPU, and the positions where boxes or text begin."""
     order, borders = _box_order((numbers[0], numbers[1], numbers[2]), numbers[3:])
-    return None if order is None else torch.from_numpy(order.copy()), borders
+    return None if order is None else torch.from_numpy(order), borders
 
 
-@functools.lru_cache(maxsize=64)
 def _box_order(
     box: tuple[int, int, int], numbers: tuple[int, ...]
 ) -> tuple[Places | None, tuple[int, ...]]:

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "sparline/attention.h"
+#include "torch/device.h"
 #include "torch/spec.h"
 #include "torch/views.h"
 
@@ -43,12 +44,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-Target target_of(const Tensor& tensor, const std::string& backend = {}) {
-  return {.device = tensor.is_cuda() ? Device::kCUDA : Device::kCPU,
-          .num_threads = static_cast<int>(torch::stable::get_num_threads()),
-          .backend = backend};
-}
-
 Plan plan_for(Spec spec, const Tensor& q, const Tensor& k, const Ints& query_segments,
               const Ints& key_segments) {
   if (q.dim() != 4 || k.dim() != 4) {
@@ -68,7 +63,11 @@ Plan plan_for(Spec spec, const Tensor& q, const Tensor& k, const Ints& query_seg
   problem.query_segments = segments_of(query_segments, "query_segments");
   problem.key_segments = segments_of(key_segments, "key_segments");
   Target target = target_of(q, spec.backend);
-  target.device = spec.device.value_or(target.device);
+  if (spec.device && *spec.device != target.device) {
+    target.device = *spec.device;
+    target.cuda_arch = 0;
+  }
+  if (spec.cuda_arch > 0) target.cuda_arch = spec.cuda_arch;
   return sparline::plan(problem, target);
 }
 
@@ -122,14 +121,15 @@ void torch_parallel_for(int num_threads, int64_t count, void (*body)(void*, int6
   torch::stable::parallel_for(0, std::min<int64_t>(num_threads, count), 1, drain);
 }
 
-/// A call of the core: its plan, the executor, the workspace.
+/// A call of the core: its plan, the executor or the stream, the workspace.
 template <class Args>
 void run(void (*call)(const Plan&, const Args&, std::span<std::byte>, Stream), const Plan& plan,
          const Args& args, const Tensor& q, int64_t workspace_bytes) {
   const Executor executor{.num_threads = plan.target.num_threads,
                           .parallel_for = torch_parallel_for};
+  const DeviceScope device(q);
   const Workspace workspace(q, workspace_bytes);
-  call(plan, args, workspace.span, {.executor = &executor});
+  call(plan, args, workspace.span, {.cuda_stream = device.cuda_stream(), .executor = &executor});
 }
 
 template <class Args>
@@ -137,7 +137,8 @@ void run_without_plan(void (*call)(const Target&, const Args&, Stream), const Ar
                       const Tensor& tensor) {
   const Target target = target_of(tensor);
   const Executor executor{.num_threads = target.num_threads, .parallel_for = torch_parallel_for};
-  call(target, args, {.executor = &executor});
+  const DeviceScope device(tensor);
+  call(target, args, {.cuda_stream = device.cuda_stream(), .executor = &executor});
 }
 
 /// Refuses tensors that no backend runs before anything is allocated for them.
@@ -156,17 +157,18 @@ Tensor route(const Tensor& q, const Tensor& k, const std::optional<Tensor>& proj
              const Ints& key_segments, const Spec& spec) {
   const Plan plan = plan_for(spec, q, k, query_segments, key_segments);
   require_backend("route", plan);
+  const ViewsBeside view(q, "q");
   Tensor block_class = empty({q.size(0), q.size(1), num_query_blocks(plan), num_key_blocks(plan)},
                              ScalarType::Char, q);
   run<RouteArgs>(sparline::route, plan,
-                 {.q = view_of(q, "q"),
-                  .k = view_of(k, "k"),
+                 {.q = view(q, "q"),
+                  .k = view(k, "k"),
                   .rule = spec.rule,
-                  .proj_q = view_of(proj_q, "proj_q"),
-                  .proj_k = view_of(proj_k, "proj_k"),
-                  .query_order = view_of(query_order, "query_order"),
-                  .key_order = view_of(key_order, "key_order"),
-                  .block_class = view_of(block_class, "block_class")},
+                  .proj_q = view(proj_q, "proj_q"),
+                  .proj_k = view(proj_k, "proj_k"),
+                  .query_order = view(query_order, "query_order"),
+                  .key_order = view(key_order, "key_order"),
+                  .block_class = view(block_class, "block_class")},
                  q, plan.route_workspace_bytes);
   return block_class;
 }
@@ -180,6 +182,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend(
   spec.problem.block_map = kind_of(block_map);
   const Plan plan = plan_for(spec, q, k, query_segments, key_segments);
   require_backend("attend", plan);
+  const ViewsBeside view(q, "q");
   Tensor o = like(q);
   Tensor lse = empty({q.size(0), q.size(1), q.size(2)}, ScalarType::Float, q);
   const SkipRule& skip = plan.problem.skip;
@@ -192,19 +195,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend(
   Tensor row_votes = empty(skips ? Ints{q.size(0), q.size(1), num_query_blocks(plan)} : absent,
                            ScalarType::Float, q);
   run<ForwardArgs>(sparline::forward, plan,
-                   {.q = view_of(q, "q"),
-                    .k = view_of(k, "k"),
-                    .v = view_of(v, "v"),
-                    .block_map = view_of(block_map, "block_map"),
-                    .tile_bits = view_of(tile_bits, "tile_bits"),
-                    .query_order = view_of(query_order, "query_order"),
-                    .key_order = view_of(key_order, "key_order"),
-                    .tile_order = view_of(tile_order, "tile_order"),
-                    .weights = weights_of(weights),
-                    .o = view_of(o, "o"),
-                    .lse = view_of(lse, "lse"),
-                    .kept_bits = skips ? view_of(kept_bits, "kept_bits") : TensorView{},
-                    .row_votes = skips ? view_of(row_votes, "row_votes") : TensorView{}},
+                   {.q = view(q, "q"),
+                    .k = view(k, "k"),
+                    .v = view(v, "v"),
+                    .block_map = view(block_map, "block_map"),
+                    .tile_bits = view(tile_bits, "tile_bits"),
+                    .query_order = view(query_order, "query_order"),
+                    .key_order = view(key_order, "key_order"),
+                    .tile_order = view(tile_order, "tile_order"),
+                    .weights = view.weights(weights),
+                    .o = view(o, "o"),
+                    .lse = view(lse, "lse"),
+                    .kept_bits = skips ? view(kept_bits, "kept_bits") : TensorView{},
+                    .row_votes = skips ? view(row_votes, "row_votes") : TensorView{}},
                    q, plan.forward_workspace_bytes);
   return {o, lse, kept_bits, row_votes};
 }
@@ -231,6 +234,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> attend_backward(
   spec.problem = differentiated(spec.problem);
   const Plan plan = plan_for(spec, q, k, query_segments, key_segments);
   require_backend("attend_backward", plan);
+  const ViewsBeside view(q, "q");
   Tensor lse = lse_given;
   if (recomputes_lse) {  // needs the sparse branch alone
     spec.problem.combine = Combine::kSparse;
@@ -251,22 +255,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> attend_backward(
   d_weights.reserve(weights.size());
   for (const Tensor& weight : weights) d_weights.push_back(like(weight));
   run<BackwardArgs>(sparline::backward, plan,
-                    {.d_o = view_of(d_o, "d_o"),
-                     .q = view_of(q, "q"),
-                     .k = view_of(k, "k"),
-                     .v = view_of(v, "v"),
-                     .o = view_of(o, "o"),
-                     .lse = view_of(lse, "lse"),
-                     .block_map = view_of(block_map, "block_map"),
-                     .tile_bits = view_of(tile_bits, "tile_bits"),
-                     .query_order = view_of(query_order, "query_order"),
-                     .key_order = view_of(key_order, "key_order"),
-                     .weights = weights_of(weights),
-                     .d_q = view_of(d_q, "d_q"),
-                     .d_k = view_of(d_k, "d_k"),
-                     .d_v = view_of(d_v, "d_v"),
-                     .d_block_map = is_soft ? view_of(d_block_map, "d_block_map") : TensorView{},
-                     .d_weights = weights_of(d_weights)},
+                    {.d_o = view(d_o, "d_o"),
+                     .q = view(q, "q"),
+                     .k = view(k, "k"),
+                     .v = view(v, "v"),
+                     .o = view(o, "o"),
+                     .lse = view(lse, "lse"),
+                     .block_map = view(block_map, "block_map"),
+                     .tile_bits = view(tile_bits, "tile_bits"),
+                     .query_order = view(query_order, "query_order"),
+                     .key_order = view(key_order, "key_order"),
+                     .weights = view.weights(weights),
+                     .d_q = view(d_q, "d_q"),
+                     .d_k = view(d_k, "d_k"),
+                     .d_v = view(d_v, "d_v"),
+                     .d_block_map = is_soft ? view(d_block_map, "d_block_map") : TensorView{},
+                     .d_weights = view.weights(d_weights)},
                     q, plan.backward_workspace_bytes);
   return {d_q, d_k, d_v, d_block_map, d_weights};
 }
@@ -274,14 +278,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> attend_backward(
 Tensor soft_top_k(const Tensor& scores_given, const Tensor& kappa_given, double temperature) {
   const Tensor scores = with_unit_stride(scores_given);
   const Tensor kappa = torch::stable::contiguous(kappa_given);
+  const ViewsBeside view(scores, "scores");
   Tensor soft_map = like(scores);
+  view.require_here(kappa, "kappa");
   TensorView flat_kappa = contiguous_view(kappa.data_ptr(), dtype_of(kappa, "kappa"),
                                           {1, 1, 1, static_cast<int64_t>(kappa.numel())});
   run_without_plan<SoftTopKArgs>(sparline::soft_top_k,
-                                 {.scores = view_of(scores, "scores"),
+                                 {.scores = view(scores, "scores"),
                                   .kappa = flat_kappa,
                                   .temperature = temperature,
-                                  .soft_map = view_of(soft_map, "soft_map")},
+                                  .soft_map = view(soft_map, "soft_map")},
                                  scores);
   return soft_map;
 }
@@ -290,12 +296,13 @@ Tensor soft_top_k_backward(const Tensor& d_soft_map_given, const Tensor& soft_ma
                            double temperature) {
   const Tensor d_soft_map = with_unit_stride(d_soft_map_given);
   const Tensor soft_map = with_unit_stride(soft_map_given);
+  const ViewsBeside view(soft_map, "soft_map");
   Tensor d_scores = like(soft_map);
   run_without_plan<SoftTopKBackwardArgs>(sparline::soft_top_k_backward,
-                                         {.d_soft_map = view_of(d_soft_map, "d_soft_map"),
-                                          .soft_map = view_of(soft_map, "soft_map"),
+                                         {.d_soft_map = view(d_soft_map, "d_soft_map"),
+                                          .soft_map = view(soft_map, "soft_map"),
                                           .temperature = temperature,
-                                          .d_scores = view_of(d_scores, "d_scores")},
+                                          .d_scores = view(d_scores, "d_scores")},
                                          soft_map);
   return d_scores;
 }
@@ -305,16 +312,23 @@ std::string explain(const Tensor& q, const Tensor& k, const Ints& query_segments
   return sparline::explain(plan_for(spec, q, k, query_segments, key_segments));
 }
 
+void write_list(std::ostream& json, const std::vector<std::string>& items) {
+  const char* separator = "[";
+  for (const std::string& item : items) {
+    json << separator << '"' << item << '"';
+    separator = ", ";
+  }
+  json << (items.empty() ? "[]" : "]");
+}
+
 std::string build_info() {
   std::ostringstream json;
   json << R"({"version": ")" << version() << R"(", "compiler": ")" << SPARLINE_COMPILER
-       << R"(", "torch_abi": "2.10", "cuda_archs": [], "backends": [)";
-  const char* separator = "";
-  for (const std::string& backend : compiled_backends()) {
-    json << separator << '"' << backend << '"';
-    separator = ", ";
-  }
-  json << "]}";
+       << R"(", "torch_abi": "2.10", "cuda_archs": )";
+  write_list(json, compiled_cuda_archs());
+  json << R"(, "backends": )";
+  write_list(json, compiled_backends());
+  json << "}";
   return json.str();
 }
 

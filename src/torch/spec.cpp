@@ -76,6 +76,8 @@ void set(Spec& spec, const std::string& key, const std::string& value) {
     problem.smooth_k = flag(key, value);
   } else if (key == "device") {
     spec.device = one_of<Device>(key, value, {{"cpu", Device::kCPU}, {"cuda", Device::kCUDA}});
+  } else if (key == "cuda_arch") {
+    spec.cuda_arch = number<int>(key, value);
   } else if (key == "block_map") {
     problem.block_map = one_of<BlockMap>(
         key, value,

@@ -17,6 +17,7 @@ struct Spec {
   bool recompute_lse = false;  // after a low-bit forward the backward makes itself an exact lse
   std::string backend;
   std::optional<Device> device;  // another than that of the tensors
+  int cuda_arch = 0;             // another than that of their device
 };
 
 /// Keys, each at most once, in any order; a key left out keeps the default of Problem and
@@ -29,6 +30,7 @@ struct Spec {
 ///   smooth_k                   0 1: of the operator
 ///   block_map                  none class soft           (explain; else the map itself tells)
 ///   device                     cpu cuda                  (explain; else the tensors tell)
+///   cuda_arch                  int                       (explain; 0 asks the device)
 ///   bit_rows                   int
 ///   skip                       none running_max kept_lse
 ///   skip_threshold skip_rows   number (natural log), int

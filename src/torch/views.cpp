@@ -15,6 +15,10 @@ namespace {
   throw Error(ErrorCode::kInvalidArgument, message);
 }
 
+std::string device_text(bool is_cuda, int32_t index) {
+  return is_cuda ? "cuda:" + std::to_string(index) : "the CPU";
+}
+
 }  // namespace
 
 DType dtype_of(const Tensor& tensor, const char* name) {
@@ -34,7 +38,20 @@ DType dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
-TensorView view_of(const Tensor& tensor, const char* name) {
+ViewsBeside::ViewsBeside(const Tensor& first, const char* name)
+    : first_name_(name), is_cuda_(first.is_cuda()), device_index_(first.get_device_index()) {}
+
+void ViewsBeside::require_here(const Tensor& tensor, const char* name) const {
+  const bool is_cuda = tensor.is_cuda();
+  const int32_t device_index = tensor.get_device_index();
+  if (is_cuda == is_cuda_ && (!is_cuda || device_index == device_index_)) return;
+  invalid(std::string(name) + " must be on the device of " + first_name_ + ", " +
+          device_text(is_cuda_, device_index_) + ", got " + device_text(is_cuda, device_index) +
+          ". Move them together.");
+}
+
+TensorView ViewsBeside::operator()(const Tensor& tensor, const char* name) const {
+  require_here(tensor, name);
   const int64_t rank = tensor.dim();
   if (rank > 4) {
     invalid(std::string(name) + " must have at most 4 dimensions, got " + std::to_string(rank) +
@@ -49,8 +66,8 @@ TensorView view_of(const Tensor& tensor, const char* name) {
   return view;
 }
 
-TensorView view_of(const std::optional<Tensor>& tensor, const char* name) {
-  return tensor && tensor->numel() > 0 ? view_of(*tensor, name) : TensorView{};
+TensorView ViewsBeside::operator()(const std::optional<Tensor>& tensor, const char* name) const {
+  return tensor && tensor->numel() > 0 ? (*this)(*tensor, name) : TensorView{};
 }
 
 std::vector<Segment> segments_of(const Ints& flat, const char* name) {
@@ -68,7 +85,7 @@ std::vector<Segment> segments_of(const Ints& flat, const char* name) {
   return segments;
 }
 
-Weights weights_of(const std::vector<Tensor>& tensors) {
+Weights ViewsBeside::weights(const std::vector<Tensor>& tensors) const {
   Weights weights;
   if (tensors.empty()) return weights;
   if (tensors.size() != 7) {
@@ -87,7 +104,7 @@ Weights weights_of(const std::vector<Tensor>& tensors) {
       {&weights.alpha_logit, "alpha_logit"}};
   for (size_t idx = 0; idx < 7; ++idx) {
     const auto& [slot, name] = slots[idx];
-    if (tensors[idx].numel() > 0) *slot = view_of(tensors[idx], name);
+    if (tensors[idx].numel() > 0) *slot = (*this)(tensors[idx], name);
   }
   return weights;
 }
