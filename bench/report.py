@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from budgets import budget
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "performance.md"
@@ -37,7 +39,7 @@ its result is compared with the reference.
 
 KEY = (
     *("workload", "pass", "dtype", "inputs", "method", "keep_ratio", "setting", "blocks", "scope"),
-    "low_bit",
+    *("low_bit", "part"),
 )
 
 #: What the project set out to reach on two cores, float32, cpu-8k: (words, row filter, x sdpa).
@@ -66,6 +68,9 @@ def render(files: Iterable[Path], demos: Iterable[Path]) -> str:
         rows = latest(row for row in map(json.loads, lines) if row["suite"] != "quick")
         if not rows:
             continue
+        if "gemm_tflops" in rows[-1]:
+            parts.append(render_gpu(rows, path.with_suffix(".profile.json")))
+            continue
         last = rows[-1]
         commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
         parts.append(
@@ -79,6 +84,178 @@ def render(files: Iterable[Path], demos: Iterable[Path]) -> str:
     if quality.exists():
         parts.append(render_quality(json.loads(quality.read_text())))
     return "\n".join(parts)
+
+
+# GPUs -------------------------------------------------------------------------------------------
+
+GPU_HEAD = """\
+Measured by `python bench/gpu.py`: bfloat16, batch 1, by device events, with inputs that take turns;
+`wall ms` is one call after another by the clock. `router` and `sparse` rows are those parts alone.
+FlexAttention has a sparse branch only, its mask given; the public Triton SLA is its whole module.
+`+ MB` is the allocator's peak above inputs and results.
+"""
+
+#: The portable path against cuDNN on wan1.3b-480p: (words, pass, keep ratio, x cuDNN).
+GPU_TARGETS = [
+    ("97 %, forward, the slowest of SLA and SLA2", "fwd", 0.03, 9.5),
+    ("95 %, backward, the slowest of SLA and SLA2", "bwd", 0.05, 6.5),
+]
+OURS = ("sla", "sla1", "sla2")
+#: Public implementation and the method of ours that does the same work.
+SAME_WORK = {"triton_sla_main": "sla_main", "triton_sla_sla1": "sla1"}
+
+
+def render_gpu(rows: list[dict[str, Any]], profile: Path) -> str:
+    last = rows[-1]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    parts = [
+        f"## {last['device']}\n",
+        GPU_HEAD,
+        f"torch {last['torch']}, CUDA {last['cuda']}, commit {commits}, {last['date']} UTC; a "
+        f"bfloat16 matrix product reaches {last['gemm_tflops']:.0f} TFLOP/s, a copy "
+        f"{last['copy_tbs']:.2f} TB/s.\n",
+        render_gpu_targets(rows),
+    ]
+    for workload in dict.fromkeys(row["workload"] for row in rows if row["suite"] != "scaling"):
+        chosen = [row for row in rows if row["workload"] == workload]
+        first = chosen[0]
+        shape = f"B {first['B']}, H {first['H']}, N {first['N']}, D {first['D']}"
+        parts.append(f"### {workload} ({shape})\n")
+        parts.append(
+            "| pass | inputs | method | setting | sparsity | tiles skipped | blocks | scope | ms "
+            "| kernel ms | wall ms | × cuDNN | × FA2 | TFLOP/s | + MB |\n"
+            "|---|---|---|---|---:|---:|---|---|---:|---:|---:|---:|---:|---:|---:|\n"
+            + "\n".join(map(_gpu_row, chosen))
+            + "\n"
+        )
+    parts += [render_scaling([row for row in rows if row["suite"] == "scaling"])]
+    if profile.exists():
+        parts.append(render_budgets(json.loads(profile.read_text())))
+    return "\n".join(part for part in parts if part)
+
+
+def _gpu_row(row: dict[str, Any]) -> str:
+    in_loop = row["tile_sparsity"] is not None
+    name = row["method"] + (", low bit" if row["low_bit"] else "")
+    if row["part"] != "operator":
+        name += f" ({row['part']})"
+    cells = [
+        row["pass"],
+        row["inputs"],
+        name,
+        row["setting"],
+        f"{row['sparsity']:.1%}" if row["sparsity"] and not in_loop else "",
+        f"{row['tile_sparsity']:.1%}" if in_loop else "",
+        row["blocks"] or "",
+        row["scope"] or "",
+        f"{row['ms']:.3f} ± {row['spread_ms']:.3f}",
+        f"{row['ms_kernel']:.3f}" if row["ms_kernel"] else "",
+        f"{row['ms_wall']:.2f}",
+        f"{row['ratio']:.2f}" if row["ratio"] and row["baseline"] == "cudnn" else "",
+        f"{row['ratio_fa2']:.2f}" if row["ratio_fa2"] else "",
+        f"{row['tflops']:.0f}" if row["tflops"] else "",
+        f"{row['extra_bytes'] / 1e6:.0f}" if row["extra_bytes"] is not None else "",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def render_gpu_targets(rows: list[dict[str, Any]]) -> str:
+    """What the project set out to reach on a GPU beside what was measured."""
+    table = ["| target, wan1.3b-480p | wanted | measured |", "|---|---:|---:|"]
+    main = [row for row in rows if row["workload"] == "wan1.3b-480p" and not row["low_bit"]]
+    whole = [row for row in main if row["part"] == "operator" and row["inputs"] == "gaussian"]
+
+    def add(words: str, wanted: str, measured: str, is_met: bool) -> None:
+        table.append(f"| {words} | {wanted} | {measured} ({'met' if is_met else 'missed'}) |")
+
+    for words, direction, keep_ratio, ratio in GPU_TARGETS:
+        found = [
+            row["ratio"]
+            for row in whole
+            if row["method"] in OURS
+            and (row["pass"], row["keep_ratio"]) == (direction, keep_ratio)
+            and row["baseline"] == "cudnn"
+        ]
+        if found:
+            add(words, f"≥ {ratio:g}× cuDNN", f"{min(found):.2f}×", min(found) >= ratio)
+    routers = [row["ms"] for row in main if row["part"] == "router" and row["method"] == "sla"]
+    if routers:
+        add("router alone", "≤ 0.10 ms", f"{routers[-1]:.3f} ms", routers[-1] <= 0.10)
+    memory = [
+        row["extra_bytes"] / (2 * row["H"] * row["N"] * row["D"])
+        for row in whole
+        if row["pass"] == "fwd" and row["method"] in OURS and row["extra_bytes"] is not None
+    ]
+    if memory:
+        add("memory of a forward", "≤ 0.5 of q", f"{max(memory):.2f}", max(memory) <= 0.5)
+    for peer, name in SAME_WORK.items():
+        for direction in ("fwd", "bwd"):
+            gains = [
+                row["ms"] / ours["ms"]
+                for row in whole
+                for ours in whole
+                if (row["method"], ours["method"]) == (peer, name)
+                and row["pass"] == ours["pass"] == direction
+                and row["keep_ratio"] == ours["keep_ratio"]
+            ]
+            if gains:
+                words = f"{name} against {peer}, {direction}, at equal density"
+                add(words, "≥ 2×", f"{min(gains):.2f}×", min(gains) >= 2.0)
+    for row in main:
+        is_skipping = row["method"] == "dynsparse" and row["tile_sparsity"]
+        if is_skipping and row["pass"] == "fwd" and row["ratio_own_dense"]:
+            wanted = 0.9 / (1 - row["tile_sparsity"] / 2)
+            words = f"DynSparse that skips {row['tile_sparsity']:.0%}, forward"
+            measured = f"{row['ratio_own_dense']:.2f}×"
+            add(words, f"≥ {wanted:.2f}× own dense", measured, row["ratio_own_dense"] >= wanted)
+    return "\n".join(table) + "\n" if len(table) > 2 else ""
+
+
+def render_scaling(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    lines = [
+        "### Longer sequences at a fixed number of critical blocks\n",
+        f"H {rows[0]['H']}, D {rows[0]['D']}. Wanted: twice the tokens in at most 2.2 times the "
+        "time.\n",
+        "| method | pass | N | ms | × the time of half |",
+        "|---|---|---:|---:|---:|",
+    ]
+    times = {(row["method"], row["pass"], row["N"]): row["ms"] for row in rows}
+    for method, direction, length in sorted(times):
+        ms, half = times[method, direction, length], times.get((method, direction, length // 2))
+        growth = f"{ms / half:.2f}" if half else ""
+        lines.append(f"| {method} | {direction} | {length} | {ms:.3f} | {growth} |")
+    return "\n".join(lines) + "\n"
+
+
+def render_budgets(report: dict[str, Any]) -> str:
+    """Where the time of a pass goes, beside the least that each stage could take."""
+    lines = [
+        "### Where the time goes\n",
+        f"By `python bench/gpu.py --profile`, commit {report['commit']}. The floor of a stage is "
+        "its bytes at the rate of a copy, or its products at that of a matrix product "
+        "(`bench/budgets.py`).\n",
+    ]
+    for entry in report["entries"]:
+        stages = budget(entry, report["copy_tbs"], report["gemm_tflops"])
+        lines += [
+            f"**{entry['method']}, {entry['pass']}**, {entry['workload']}: "
+            f"{entry['total_us']:.0f} µs\n",
+            "| stage | kernels | launches | µs | floor µs | bound by | × floor |",
+            "|---|---|---:|---:|---:|---|---:|",
+        ]
+        for line in stages:
+            names = ", ".join(f"`{name}`" for name in line.kernels[:3])
+            names += f" and {len(line.kernels) - 3} more" * (len(line.kernels) > 3)
+            floor = f"{line.floor_us:.1f}" if line.floor_us is not None else ""
+            times = f"{line.us / line.floor_us:.1f}" if line.floor_us else ""
+            lines.append(
+                f"| {line.name} | {names} | {line.launches:g} | {line.us:.1f} | {floor} "
+                f"| {line.bound} | {times} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
 
 
 def render_demo(path: Path) -> str:

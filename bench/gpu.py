@@ -1,0 +1,877 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times whole operators on a GPU against what a user would pick instead, in one run, on the same
+inputs.
+
+    python bench/gpu.py [--suite targets,methods,workloads,scaling] [--quick] [--profile]
+                         [--peers cudnn,fa2,flex,triton_sla_main,triton_sla_sla1 | none]
+                         [--workload NAME,...] [--out FOLDER] [--limit-s SECONDS]
+
+A row is everything between q, k, v and o, the router included; ``ms_kernel`` is the same with the
+block map given. Times are medians over repetitions by device events, with inputs that take turns,
+while the device is kept busy until the host has queued all of them; ``ms_wall`` is what one call
+after another costs by the clock, the host included. ``extra_bytes`` is the peak of the allocator
+above inputs and results. Every row is written to ``FOLDER``/<device>.jsonl as soon as it is known;
+one that fails is written as such, and the rest goes on, in a new process if the device is lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import itertools
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from peers import Peer, PeerError, find_peers
+from torch import Tensor
+
+import sparline
+from sparline import BLASST, METHODS, SLA, SLA2, Dense, DynSparse, LowBit, Weights
+from sparline.accounting import block_sparsity, flops
+from sparline.bench import WORKLOADS, Workload, learned_weights
+from sparline.density import kept_share
+from sparline.methods import BlockRouter, ChunkRouter, Method
+
+SUITES = ("targets", "methods", "workloads", "scaling")
+BLOCKS: dict[str, Any] = {"block_q": 128, "block_k": 64}
+KEEP_RATIOS = (0.10, 0.05, 0.03)
+DTYPE = torch.bfloat16
+#: The in-loop methods have no default threshold.
+IN_LOOP_THRESHOLDS = {"dynsparse": -5.0, "blasst": -3.0}
+#: Key blocks that every query block keeps in the suite "scaling".
+SCALING_BLOCKS = 24
+#: Input sets take turns until they are several times as large as the cache.
+CACHE_BYTES, MOST_SETS = 60 << 20, 6
+#: A row takes no longer than this, in seconds, but has at least five repetitions.
+ROW_S = 6.0
+LEAST_REPETITIONS = 5
+#: Longer calls need no more warm-up than one, nor many rounds by the wall clock.
+SLOW_S = 0.1
+#: What the process ends with when the device answers no more.
+LOST_CONTEXT = 86
+MOST_STARTS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measurement: a method or a peer, in a direction, on a workload."""
+
+    suite: str
+    workload: Workload
+    name: str  # of the method in METHODS, or of the peer
+    method: Method | None = None  # None: a peer
+    direction: str = "fwd"
+    keep_ratio: float = 1.0
+    inputs: str = "gaussian"
+    part: str = "operator"  # or "router", "sparse" (the sparse branch alone, its map given)
+
+    @property
+    def label(self) -> str:
+        words = [self.workload.name, self.direction, self.name]
+        words += [f"keep {self.keep_ratio:.3g}"] * (self.keep_ratio < 1)
+        words += [self.part] * (self.part != "operator")
+        if self.method is not None:
+            words += [
+                getattr(self.method, "linear_scope", "")
+            ] * self.method.recipe.has_linear_branch
+            words += ["low-bit"] * (self.method.low_bit is not None)
+            words += [setting_of(self.method)]
+        return " ".join(word for word in [*words, self.inputs] if word)
+
+
+# The suites -------------------------------------------------------------------------------------
+
+
+def rows_of(suites: Sequence[str], names: Sequence[str] | None, quick: bool) -> list[Row]:
+    chosen = [name for name in names or () if name in WORKLOADS or name in EXTRA]
+    if unknown := sorted(set(names or ()) - set(chosen)):
+        raise SystemExit(f"--workload: there is no {', '.join(unknown)}")
+    main = [workload_of(name) for name in chosen] or [WORKLOADS["wan1.3b-480p"]]
+    found: list[Row] = []
+    for suite in suites:
+        if suite == "targets":
+            for workload in main:
+                found += quick_rows(workload) if quick else target_rows(workload)
+        elif suite == "methods":
+            for workload in main:
+                found += method_rows(workload)
+        elif suite == "workloads":
+            names = chosen or ["flux-1k", "cog5b", "wan1.3b-480p", "wan14b-720p", "hunyuan-720p"]
+            for name in names:
+                found += workload_rows(workload_of(name))
+        elif suite == "scaling":
+            found += scaling_rows(small="tiny" in chosen)
+        else:
+            raise SystemExit(f"--suite: it must be of {', '.join(SUITES)}, got {suite!r}")
+    return found
+
+
+#: To try the benchmark where it would take too long.
+EXTRA = {"tiny": Workload("tiny", "to try the benchmark itself", (2, 16, 20), 2, 64)}
+
+
+def workload_of(name: str) -> Workload:
+    return WORKLOADS.get(name) or EXTRA[name]
+
+
+def baselines(suite: str, workload: Workload, direction: str, inputs: str) -> list[Row]:
+    return [
+        Row(suite, workload, name, direction=direction, inputs=inputs) for name in ("cudnn", "fa2")
+    ]
+
+
+def sparse_linear(keep_ratio: float) -> dict[str, Method]:
+    return {
+        "sla": SLA.paper(keep_ratio=keep_ratio, **BLOCKS),
+        "sla1": SLA.sla1(keep_ratio=keep_ratio, **BLOCKS),
+        "sla_main": SLA.sla_main(keep_ratio=keep_ratio, **BLOCKS),
+        "sla2": SLA2(keep_ratio=keep_ratio, **BLOCKS),
+    }
+
+
+def quick_rows(workload: Workload) -> list[Row]:
+    row = partial(Row, "quick", workload)
+    found: list[Row] = []
+    for direction in ("fwd", "bwd"):
+        found += baselines("quick", workload, direction, "gaussian")
+        found.append(row("dense", Dense(), direction))
+        for keep_ratio in (0.05, 0.03):
+            methods = sparse_linear(keep_ratio)
+            found += [row(n, methods[n], direction, keep_ratio) for n in ("sla", "sla2")]
+            sparse = SLA.sparse_only(keep_ratio=keep_ratio, **BLOCKS)
+            found.append(row("sparse", sparse, direction, keep_ratio, part="sparse"))
+    found.append(row("sla", sparse_linear(0.05)["sla"], "fwd", 0.05, part="router"))
+    return found
+
+
+def target_rows(workload: Workload) -> list[Row]:
+    """What the project set out to reach, and the peers at equal density."""
+    row = partial(Row, "targets", workload)
+    found: list[Row] = []
+    for direction in ("fwd", "bwd"):
+        found += baselines("targets", workload, direction, "gaussian")
+        found.append(row("dense", Dense(), direction))
+        for keep_ratio in KEEP_RATIOS:
+            methods = sparse_linear(keep_ratio)
+            found += [row(name, method, direction, keep_ratio) for name, method in methods.items()]
+            sparse = SLA.sparse_only(keep_ratio=keep_ratio, **BLOCKS)
+            found.append(row("sparse", sparse, direction, keep_ratio, part="sparse"))
+        for name in ("flex", "triton_sla_main", "triton_sla_sla1"):
+            found += [row(name, None, direction, ratio) for ratio in KEEP_RATIOS]
+    for name in ("sla", "sla2"):
+        found.append(row(name, sparse_linear(0.05)[name], "fwd", 0.05, part="router"))
+    low_bit = {"low_bit": LowBit()}
+    found.append(row("dense", Dense(**low_bit)))
+    found.append(row("sla2", SLA2(keep_ratio=0.03, **low_bit, **BLOCKS), "fwd", 0.03))
+    return found + in_loop_rows(workload)
+
+
+def in_loop_rows(workload: Workload) -> list[Row]:
+    """Time against the share of tiles that are skipped, on inputs where some can be."""
+    row = partial(Row, "targets", workload, inputs="video")
+    found: list[Row] = []
+    for direction in ("fwd", "bwd"):
+        found += baselines("targets", workload, direction, "video")
+        found.append(row("dense", Dense(), direction))
+        for threshold in (-math.inf, -9.0, -6.0, -4.0, -2.0):
+            found.append(row("dynsparse", DynSparse(log_threshold=threshold), direction))
+    found += [row("blasst", BLASST(log_threshold=x)) for x in (-6.0, -4.0, -2.0)]
+    return found
+
+
+def method_rows(workload: Workload) -> list[Row]:
+    """Every method by name, at its defaults, on video-like inputs."""
+    found: list[Row] = []
+    for direction in ("fwd", "bwd"):
+        found += baselines("methods", workload, direction, "video")
+        for name in METHODS:
+            options = (
+                {"log_threshold": IN_LOOP_THRESHOLDS[name]} if name in IN_LOOP_THRESHOLDS else {}
+            )
+            method = sparline.method(name, **options)
+            keep_ratio = getattr(method, "keep_ratio", 1.0)
+            found.append(Row("methods", workload, name, method, direction, keep_ratio, "video"))
+    return found
+
+
+def workload_rows(workload: Workload) -> list[Row]:
+    found: list[Row] = []
+    for direction in ("fwd", "bwd"):
+        found += baselines("workloads", workload, direction, "gaussian")
+        for keep_ratio in (0.05, 0.03):
+            methods = sparse_linear(keep_ratio)
+            found += [
+                Row("workloads", workload, name, methods[name], direction, keep_ratio)
+                for name in ("sla", "sla2")
+            ]
+    return found
+
+
+def scaling_rows(small: bool = False) -> list[Row]:
+    """A fixed number of critical blocks for each row: twice the tokens should take twice as long,
+    apart from the scores of the router."""
+    found: list[Row] = []
+    for length in (1024, 2048) if small else (16384, 32768, 65536, 131072):
+        workload = Workload(f"n{length // 1024}k", "scaling", (1, length // 64, 64), 12, 128)
+        keep_ratio = (SCALING_BLOCKS + 0.5) / math.ceil(length / BLOCKS["block_k"])
+        methods = sparse_linear(min(1.0, keep_ratio))
+        for direction in ("fwd", "bwd"):
+            for name in ("sla", "sla2"):
+                row = Row("scaling", workload, name, methods[name], direction, keep_ratio)
+                found.append(row)
+    return found
+
+
+# Inputs -----------------------------------------------------------------------------------------
+
+
+def make_inputs(workload: Workload, kind: str, device: torch.device, seed: int) -> list[Tensor]:
+    """q, k and v (1, H, N, D) as ``sparline.bench.make_inputs`` makes them, on the device."""
+    rng = torch.Generator(device).manual_seed(seed)
+    heads, length, head_dim = workload.heads, workload.length, workload.head_dim
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng, device=device)
+
+    shape = (heads, length, head_dim)
+    if kind == "gaussian":
+        return [noise(*shape).to(DTYPE)[None] for _ in range(3)]
+    axes = [torch.linspace(0.0, 1.0, size, device=device) for size in workload.grid]
+    place = torch.cartesian_prod(*axes)  # (T H W, 3), w fastest
+    frequency = 8.0 * noise(heads, 3, head_dim)
+    phase = 2 * torch.pi * torch.rand(heads, 1, head_dim, generator=rng, device=device)
+    field = 2**0.5 * torch.cos(place @ frequency + phase)  # (H, T H W, D)
+    if workload.text:
+        text = noise(heads, workload.text, head_dim)
+        parts = [text, field] if workload.text_at == "start" else [field, text]
+        field = torch.cat(parts, dim=1)
+    q = 1.3 * field + 0.3 * noise(*shape)
+    k = 1.3 * field + noise(heads, 1, head_dim) + 0.3 * noise(*shape)
+    v = field.roll(1, dims=-1) + 0.3 * noise(*shape)
+    return [x.to(DTYPE)[None] for x in (q, k, v)]
+
+
+def weights_of(method: Method, workload: Workload, device: torch.device) -> Weights:
+    host = learned_weights(method, workload.heads, workload.head_dim)
+    return Weights(*(None if w is None else w.to(device) for w in host))
+
+
+# The clock --------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Times calls on one device."""
+
+    def __init__(self, device: torch.device, repetitions: int) -> None:
+        self.device = device
+        self.repetitions = repetitions
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def time(self, runs: Sequence[Callable[[], Any]]) -> dict[str, float]:
+        """Median and half the interquartile range in ms, by the device; and by the wall clock."""
+        runs[0]()
+        self.wait()
+        begin = time.perf_counter()
+        runs[0]()
+        queued_s = time.perf_counter() - begin
+        self.wait()
+        once_s = time.perf_counter() - begin
+        if once_s < SLOW_S:
+            for run in runs:
+                run()
+            self.wait()
+        count = max(LEAST_REPETITIONS, min(self.repetitions, int(ROW_S / max(once_s, 1e-6) / 2)))
+        num_walls = count if once_s < SLOW_S else 1
+        begin = time.perf_counter()
+        for n in range(num_walls):
+            runs[n % len(runs)]()
+        self.wait()
+        wall_ms = 1e3 * (time.perf_counter() - begin) / num_walls
+        if self.device.type == "cuda":
+            times = self._device_times(runs, count, queued_s)
+        else:
+            times = []
+            for n in range(count):
+                begin = time.perf_counter()
+                runs[n % len(runs)]()
+                times.append(1e3 * (time.perf_counter() - begin))
+        low, _, high = statistics.quantiles(times, n=4)
+        return {
+            "ms": statistics.median(times),
+            "spread_ms": (high - low) / 2,
+            "ms_wall": wall_ms,
+            "repetitions": count,
+        }
+
+    def _device_times(
+        self, runs: Sequence[Callable[[], Any]], count: int, queued_s: float
+    ) -> list[float]:
+        """Between events, while the device sleeps until the host is ahead: else a short call would
+        be timed by how long it takes to launch."""
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        torch.cuda._sleep(int(2e9 * min(0.5, 0.002 + 1.5 * queued_s * count)))
+        for n, (start, end) in enumerate(events):
+            start.record()
+            runs[n % len(runs)]()
+            end.record()
+        self.wait()
+        return [start.elapsed_time(end) for start, end in events]
+
+    def peak_extra_bytes(self, run: Callable[[], Any]) -> int | None:
+        """The allocator's peak above what was there before and what stays as the result."""
+        if self.device.type != "cuda":
+            return None
+        self.wait()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = run()
+        self.wait()
+        extra = torch.cuda.max_memory_allocated() - before
+        results = result if isinstance(result, (tuple, list)) else [result]
+        return extra - sum(x.numel() * x.element_size() for x in results if x is not None)
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What the device reaches: a bf16 matrix product of random numbers, and a copy."""
+    is_cuda = device.type == "cuda"
+    size = 8192 if is_cuda else 256
+    clock = Clock(device, 20)
+    a, b = (torch.randn(size, size, device=device).to(DTYPE) for _ in range(2))
+    gemm_ms = clock.time([lambda: a @ b])["ms"]
+    source = torch.empty((1 << 30) if is_cuda else (1 << 20), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy_ms = clock.time([lambda: target.copy_(source)])["ms"]
+    return {
+        "gemm_tflops": round(2e-9 * size**3 / gemm_ms, 1),
+        "copy_tbs": round(2e-9 * source.numel() / copy_ms, 3),
+    }
+
+
+# One row ----------------------------------------------------------------------------------------
+
+
+class Bench:
+    """Measures rows; inputs of the last workload are kept."""
+
+    def __init__(self, device: torch.device, repetitions: int, peers: dict[str, Peer]) -> None:
+        self.device = device
+        self.clock = Clock(device, repetitions)
+        self.peers = peers
+        self._inputs: tuple[Any, list[list[Tensor]]] = (None, [])
+
+    def inputs(self, row: Row) -> list[list[Tensor]]:
+        key = (row.workload, row.inputs)
+        if self._inputs[0] != key:
+            self._inputs = (None, [])
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            shape = row.workload
+            size = 3 * 2 * shape.heads * shape.length * shape.head_dim
+            count = max(2, min(MOST_SETS, math.ceil(3 * CACHE_BYTES / size)))
+            sets = [make_inputs(shape, row.inputs, self.device, seed) for seed in range(count)]
+            self._inputs = (key, sets)
+        return self._inputs[1]
+
+    def operator(self, row: Row, sets: list[list[Tensor]]) -> tuple[list[Any], list[Tensor]]:
+        """A function from q, k and v to o for each input set, and what it learned."""
+        if row.method is None:
+            attend = self.peers[row.name].prepare(*sets[0], row.keep_ratio)
+            learned = list(attend.parameters()) if isinstance(attend, torch.nn.Module) else []
+            return [attend] * len(sets), learned
+        method = row.method
+        weights = weights_of(method, row.workload, self.device)
+        learned = [
+            w
+            for key, w in weights._asdict().items()
+            if w is not None and not key.startswith("router")
+        ]
+        options = {"method": method, "weights": weights, "grid": grid_of(row)}
+        if row.part != "sparse":
+            return [partial(sparline.attention, **options)] * len(sets), learned
+        maps = [self.route(row, q, k) for q, k, _ in sets]
+        return [partial(sparline.attention, block_map=m, **options) for m in maps], learned
+
+    def route(self, row: Row, q: Tensor, k: Tensor) -> Tensor:
+        assert row.method is not None
+        weights = weights_of(row.method, row.workload, self.device)
+        router = Weights(router_q=weights.router_q, router_k=weights.router_k)
+        return sparline.route(q, k, method=row.method, weights=router, grid=grid_of(row))
+
+    def measure(self, row: Row) -> dict[str, Any]:
+        sets = self.inputs(row)
+        told = self.describe(row, sets)
+        if row.part == "router":
+            assert row.method is not None
+            runs: list[Callable[[], Any]] = [partial(self.route, row, q, k) for q, k, _ in sets]
+            with torch.no_grad():
+                return {**told, **self.clock.time(runs)}
+        operators, learned = self.operator(row, sets)
+        if row.direction == "fwd":
+            with torch.no_grad():
+                runs = [partial(f, *s) for f, s in zip(operators, sets, strict=True)]
+                found = {**told, **self.clock.time(runs)}
+                found["extra_bytes"] = self.clock.peak_extra_bytes(runs[0])
+                if has_map(row):
+                    given = dataclasses.replace(row, part="sparse")
+                    operators, _ = self.operator(given, sets)
+                    runs = [partial(f, *s) for f, s in zip(operators, sets, strict=True)]
+                    found["ms_kernel"] = self.clock.time(runs)["ms"]
+        else:
+            found = {**told, **self.time_backward(operators, learned, sets)}
+        return found
+
+    def time_backward(
+        self, operators: list[Any], learned: list[Tensor], sets: list[list[Tensor]]
+    ) -> dict[str, Any]:
+        for weight in learned:
+            weight.requires_grad_()
+        runs: list[Callable[[], Any]] = []
+        for attend, tensors in zip(operators, sets, strict=True):
+            leaves = [*(x.detach().requires_grad_() for x in tensors), *learned]
+            o = attend(*leaves[:3])
+            d_o = torch.randn_like(o)
+            runs.append(partial(torch.autograd.grad, o, leaves, d_o, retain_graph=True))
+        found: dict[str, Any] = self.clock.time(runs)
+        found["extra_bytes"] = self.clock.peak_extra_bytes(runs[0])
+        return found
+
+    def describe(self, row: Row, sets: list[list[Tensor]]) -> dict[str, Any]:
+        """The columns that say what is run, with the achieved sparsity."""
+        workload, method = row.workload, row.method
+        peer = self.peers.get(row.name) if method is None else None
+        sparsity, tile_sparsity, block_map = 0.0, None, None
+        if method is None:
+            sparsity = 0.0 if peer is not None and peer.is_dense else 1.0 - row.keep_ratio
+        elif method.recipe.skip is not None:
+            with torch.no_grad():
+                told = sparline.tile_statistics(*sets[0], method=method, grid=grid_of(row))
+            tile_sparsity = told.sparsity
+        elif isinstance(method.recipe.router, ChunkRouter):  # rows choose, not blocks
+            q, k, v = (x.transpose(1, 2) for x in sets[0])
+            sample: Any = SimpleNamespace(q=q, k=k, v=v, grid=workload.place)
+            sparsity = 1.0 - kept_share(method, sample)
+        elif method.recipe.router is not None:
+            block_map = self.route(row, sets[0][0], sets[0][1])
+            sparsity = block_sparsity(block_map)
+        is_linear = method is not None and method.recipe.has_linear_branch
+        kept: float | None = 1.0 - (tile_sparsity or sparsity)
+        if method is None or method.recipe.router is None:
+            kept = kept if method is None or method.recipe.skip is not None else None
+        counted = flops(
+            method or SLA.sparse_only(),
+            num_heads=workload.heads,
+            num_queries=workload.length,
+            head_dim=workload.head_dim,
+            direction="forward" if row.direction == "fwd" else "backward",
+            block_class=block_map if is_linear else None,
+            kept_ratio=None if is_linear and block_map is not None else kept,
+        )
+        return {
+            "suite": row.suite,
+            "method": row.name,
+            "part": row.part,
+            "setting": "" if method is None else setting_of(method),
+            "pass": row.direction,
+            "workload": workload.name,
+            "B": 1,
+            "H": workload.heads,
+            "N": workload.length,
+            "D": workload.head_dim,
+            "dtype": str(DTYPE).removeprefix("torch."),
+            "keep_ratio": round(row.keep_ratio, 5),
+            "sparsity": round(sparsity, 4),
+            "tile_sparsity": None if tile_sparsity is None else round(tile_sparsity, 4),
+            "low_bit": method is not None and method.low_bit is not None,
+            "blocks": blocks_of(row),
+            "scope": method.recipe.linear_scope if method is not None and is_linear else None,
+            "inputs": row.inputs,
+            "about": peer.about if peer is not None else "",
+            "flops": counted.sparse if row.part == "sparse" else counted.total,
+            "full_flops": counted.full,
+        }
+
+    def check(self, row: Row) -> None:
+        """Compares results, or gradients, with the reference on a shorter sequence."""
+        if row.method is None or row.part == "router":
+            return
+        width = min(12, row.workload.grid[2])
+        short = dataclasses.replace(row.workload, grid=(4, 16, width), text=0, heads=2)
+        changed = dataclasses.replace(row, workload=short)
+        q, k, v = make_inputs(short, row.inputs, self.device, 11)
+        weights = weights_of(row.method, short, self.device)
+        d_o = torch.randn(q.shape, device=self.device)
+        results = []
+        for backend, dtype in ((None, DTYPE), ("reference", torch.float32)):
+            leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+            o = sparline.attention(
+                *leaves,
+                method=row.method,
+                weights=weights,
+                grid=grid_of(changed),
+                backend=backend,
+            )
+            is_backward = row.direction == "bwd"
+            found = torch.autograd.grad(o, leaves, d_o.to(dtype)) if is_backward else (o,)
+            results.append([x.detach().float() for x in found])
+        for ours, reference in zip(*results, strict=True):
+            error = float((ours - reference).norm() / reference.norm())
+            if not error <= 3e-2:
+                raise ArithmeticError(f"differs from the reference by {error:.2e} (relative L2)")
+
+
+def grid_of(row: Row) -> Any:
+    needs_grid = row.method is not None and row.method.recipe.needs_grid
+    return row.workload.place if needs_grid else None
+
+
+def has_map(row: Row) -> bool:
+    """Whether the operator would take the router's map from the caller."""
+    router = None if row.method is None else row.method.recipe.router
+    return row.part == "operator" and isinstance(router, BlockRouter) and router.mode == "hard"
+
+
+def setting_of(method: Method) -> str:
+    if isinstance(method, (DynSparse, BLASST)):
+        return f"log_threshold={method.log_threshold:g}"
+    return ""
+
+
+def blocks_of(row: Row) -> str | None:
+    if row.method is None:
+        return {"flex": "128x128", "triton_sla_main": "128x64", "triton_sla_sla1": "128x64"}.get(
+            row.name
+        )
+    return f"{row.method.recipe.block_q}x{row.method.recipe.block_k}"
+
+
+# Kernels ----------------------------------------------------------------------------------------
+
+#: What is taken apart with --profile.
+PROFILED: dict[str, Method] = {
+    "dense": Dense(),
+    "sla keep 0.05": SLA.paper(keep_ratio=0.05, **BLOCKS),
+    "sla1 keep 0.05": SLA.sla1(keep_ratio=0.05, **BLOCKS),
+    "sla1 keep 0.03": SLA.sla1(keep_ratio=0.03, **BLOCKS),
+    "sla2 keep 0.05": SLA2(keep_ratio=0.05, **BLOCKS),
+    "sla2 keep 0.03 low-bit": SLA2(keep_ratio=0.03, low_bit=LowBit(), **BLOCKS),
+    "dynsparse": DynSparse(log_threshold=-5.0),
+}
+
+
+def profile(bench: Bench, workload: Workload) -> Iterator[dict[str, Any]]:
+    """Device time by kernel, of a forward and of a backward."""
+    for label, method in PROFILED.items():
+        for direction in ("fwd", "bwd"):
+            if direction == "bwd" and method.low_bit is not None:
+                continue
+            row = Row("profile", workload, label, method, direction)
+            sets = bench.inputs(row)
+            operators, learned = bench.operator(row, sets[:1])
+            leaves = [*sets[0], *learned]
+            if direction == "fwd":
+                with torch.no_grad():
+                    kernels = kernel_times(partial(operators[0], *sets[0]))
+            else:
+                leaves = [x.detach().requires_grad_() for x in leaves]
+                o = operators[0](*leaves[:3])
+                d_o = torch.randn_like(o)
+                run = partial(torch.autograd.grad, o, leaves[:3], d_o, retain_graph=True)
+                kernels = kernel_times(run)
+            told = bench.describe(row, sets)
+            yield {
+                **{key: told[key] for key in ("method", "pass", "workload", "B", "H", "N", "D")},
+                **{key: told[key] for key in ("sparsity", "tile_sparsity", "blocks", "scope")},
+                "combine": method.recipe.combine,
+                "low_bit": method.low_bit is not None,
+                "kernels": kernels,
+                "total_us": round(sum(k["us"] for k in kernels), 2),
+            }
+
+
+def kernel_times(run: Callable[[], Any], repetitions: int = 5) -> list[dict[str, Any]]:
+    """Every kernel of a call with its launches and microseconds, the longest first."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+
+    for _ in range(2):
+        run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(repetitions):
+            run()
+        torch.cuda.synchronize()
+    spans = [
+        (event.time_range.end, event.time_range.start, event.name)
+        for event in profiler.events()
+        if event.device_type == DeviceType.CUDA
+    ]
+    return sum_up(spans, repetitions)
+
+
+def sum_up(spans: Sequence[tuple[float, float, str]], repetitions: int) -> list[dict[str, Any]]:
+    """Launches and times by kernel from (end, start, name) in microseconds. A kernel may start
+    before the one ahead has finished, and wait: its time counts from there."""
+    sums: dict[str, list[float]] = {}
+    before = -math.inf
+    for end, start, name in sorted(spans):
+        entry = sums.setdefault(kernel_name(name), [0, 0.0])
+        entry[0] += 1
+        entry[1] += max(0.0, end - max(start, before))
+        before = max(before, end)
+    return [
+        {
+            "kernel": name,
+            "launches": round(count / repetitions, 2),
+            "us": round(total / repetitions, 2),
+        }
+        for name, (count, total) in sorted(sums.items(), key=lambda item: -item[1][1])
+    ]
+
+
+def kernel_name(full: str) -> str:
+    """The function's own name; ours keep no namespace, others' say whose they are."""
+    text = re.sub(r"(\(anonymous namespace\)|<unnamed>)::", "", full.removeprefix("void "))
+    head = re.split(r"[<(]", text, maxsplit=1)[0]
+    if "sparline" in head:
+        return head.split("::")[-1]
+    return f"torch: {head.split('::')[-1]}" if "::" in head else head
+
+
+# The run ----------------------------------------------------------------------------------------
+
+
+def describe_machine(device: torch.device, commit: str | None) -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU (smoke)"
+    if commit is None:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        commit = described.stdout.strip() or "unknown"
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": commit,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M"),
+    }
+
+
+def slug(device: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def baseline_key(row: Row) -> str:
+    return "|".join((row.workload.name, row.direction, row.inputs))
+
+
+def run_rows(args: argparse.Namespace, state_file: Path) -> int:
+    """The child: measures from where the state says, and writes each row down."""
+    state = json.loads(state_file.read_text())
+    device = torch.device(args.device)
+    names = None if args.workload is None else args.workload.split(",")
+    rows = rows_of(args.suite.split(","), names, args.quick)
+    peers = find_peers()
+    wanted = set() if args.peers == "none" else set((args.peers or ",".join(peers)).split(","))
+    wanted |= {"cudnn", "fa2"}
+    rows = [r for r in rows if r.method is not None or r.name in wanted]
+    if args.only is not None:
+        rows = [r for r in rows if r.name in ("cudnn", "fa2") or re.search(args.only, r.label)]
+    bench = Bench(device, args.repetitions or (10 if args.quick else 20), peers)
+    machine = {**describe_machine(device, args.commit), **ceilings(device)}
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = args.out / f"{slug(machine['device'])}.jsonl"
+    if state["next"] == 0:
+        print(f"{machine}", flush=True)
+    own_dense: dict[str, float] = state["dense"]
+    times: dict[str, dict[str, float]] = state["baselines"]
+    checked: set[str] = set()
+    for n in range(state["next"], len(rows)):
+        row = rows[n]
+        state["next"], state["current"] = n + 1, row.label
+        state_file.write_text(json.dumps(state))  # a crash skips this row
+        if time.time() - state["begin"] > args.limit_s:
+            print(f"out of time before {row.label}; {len(rows) - n} rows are left out")
+            break
+        if (row.workload.name, row.name) in map(tuple, state["missing"]):
+            continue
+        try:
+            key = f"{row.method} {row.direction}"
+            if not args.no_check and key not in checked:
+                bench.check(row)
+                checked.add(key)
+            measured = bench.measure(row)
+        except PeerError as error:
+            print(f"{row.label}: {str(error)[:300]}", flush=True)
+            state["missing"].append([row.workload.name, row.name])
+            continue
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"{row.label}: FAILED {text[:300]}", flush=True)
+            with (args.out / "failures.jsonl").open("a") as file:
+                file.write(json.dumps({"row": row.label, "error": str(error)[:4000]}) + "\n")
+            state["failed"].append(row.label)
+            if is_lost(device):
+                state_file.write_text(json.dumps(state))
+                return LOST_CONTEXT
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            continue
+        base = times.setdefault(baseline_key(row), {})
+        if row.name in ("cudnn", "fa2"):
+            base[row.name] = measured["ms"]
+        if row.name == "dense" and not measured["low_bit"]:
+            own_dense[baseline_key(row)] = measured["ms"]
+        found = finish(row, measured, base, own_dense.get(baseline_key(row)), machine)
+        with results.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+        state["rows"].append(found)
+        print(line_of(row, found), flush=True)
+    if args.profile and device.type == "cuda":
+        entries = []
+        workload = rows[0].workload if names else WORKLOADS["wan1.3b-480p"]
+        path = results.with_suffix(".profile.json")
+        for entry in profile(bench, workload):
+            entries.append(entry)
+            path.write_text(json.dumps({**machine, "entries": entries}, indent=1) + "\n")
+            print(f"{entry['method']} {entry['pass']}: {entry['total_us']:.0f} us", flush=True)
+            for kernel in entry["kernels"][:8]:
+                print(f"    {kernel['us']:9.1f} us {kernel['launches']:5g} x {kernel['kernel']}")
+    state_file.write_text(json.dumps(state))
+    return 0
+
+
+def finish(
+    row: Row,
+    measured: dict[str, Any],
+    base: dict[str, float],
+    dense_ms: float | None,
+    machine: dict[str, Any],
+) -> dict[str, Any]:
+    """The row as it is written: rounded, with ratios to the baselines of the same run."""
+    ms = measured["ms"]
+    found: dict[str, Any] = {"ms_kernel": None, "extra_bytes": None, **measured}
+    found |= {key: round(x, 4) for key, x in found.items() if isinstance(x, float) and x < 1e9}
+    name = next((n for n in ("cudnn", "fa2") if n in base), None)
+    found["baseline"] = name
+    found["baseline_ms"] = round(base[name], 4) if name else None
+    is_whole = row.part != "router"
+    found["ratio"] = round(base[name] / ms, 3) if name and is_whole else None
+    found["fa2_ms"] = round(base["fa2"], 4) if "fa2" in base else None
+    found["ratio_fa2"] = round(base["fa2"] / ms, 3) if "fa2" in base and is_whole else None
+    found["ratio_own_dense"] = round(dense_ms / ms, 3) if dense_ms and is_whole else None
+    found["tflops"] = round(found["flops"] / ms / 1e9, 1) if is_whole else None
+    return {**found, **machine}
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether the device answers no more in this process."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.zeros(1, device=device).item()
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def line_of(row: Row, found: dict[str, Any]) -> str:
+    parts = [f"{row.label:<58} {found['ms']:9.3f} ms"]
+    if found["ms_kernel"]:
+        parts.append(f"kernel {found['ms_kernel']:8.3f}")
+    if found["ratio"]:
+        parts.append(f"{found['ratio']:6.2f}x {found['baseline']}")
+    if found["ratio_fa2"]:
+        parts.append(f"{found['ratio_fa2']:6.2f}x fa2")
+    if found["tile_sparsity"] is not None:
+        parts.append(f"skips {found['tile_sparsity']:.0%}, {found['ratio_own_dense']}x own dense")
+    if found["tflops"]:
+        parts.append(f"{found['tflops']:6.0f} TFLOP/s")
+    if found["extra_bytes"] is not None:
+        parts.append(f"+{found['extra_bytes'] / 1e6:.0f} MB")
+    return "  ".join(parts)
+
+
+def summary(rows: list[dict[str, Any]], failed: list[str]) -> list[str]:
+    """A short table at the end: the targets' rows, how time grows, what failed."""
+    lines = [f"{len(rows)} rows, {len(failed)} failed"]
+    lines += [f"  FAILED {label}" for label in failed]
+    by_key: dict[tuple[Any, ...], dict[int, float]] = {}
+    for row in rows:
+        if row["suite"] == "scaling":
+            by_key.setdefault((row["method"], row["pass"]), {})[row["N"]] = row["ms"]
+    for (method, direction), times in by_key.items():
+        lengths = sorted(times)
+        growth = [f"{times[b] / times[a]:.2f}" for a, b in itertools.pairwise(lengths)]
+        lines.append(f"  twice the tokens, {method} {direction}: {' '.join(growth)} x the time")
+    for row in rows:
+        if row["suite"] in ("targets", "quick") and row["inputs"] == "gaussian":
+            ratio = f"{row['ratio']:6.2f}x {row['baseline']}" if row["ratio"] else ""
+            what = f"{row['pass']} {row['method']} {row['part']} {row['keep_ratio']:g}"
+            lines.append(f"  {what:<40} {row['ms']:9.3f} ms  {ratio}")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    add = parser.add_argument
+    add("--suite", default="targets", help=f"of {', '.join(SUITES)}, with commas")
+    add("--quick", action="store_true", help="the main rows of targets only, 10 repetitions")
+    add("--profile", action="store_true", help="also take forward and backward apart by kernel")
+    add("--peers", help="which to run; none: only torch's attention")
+    add("--workload", help="in place of the suite's own")
+    add("--only", metavar="REGEX", help="rows whose label matches, and baselines")
+    add("--repetitions", type=int, default=0)
+    add("--no-check", action="store_true", help="time without comparing with the reference first")
+    add("--out", type=Path, default=Path(__file__).parent / "results")
+    add("--commit", default=os.environ.get("SPARLINE_COMMIT"), help="where there is no git")
+    add("--limit-s", type=float, default=math.inf, help="start no row after this many seconds")
+    add("--device", default="cuda", help="cpu, with --workload tiny, tries the benchmark itself")
+    add("--state", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.state is not None:
+        return run_rows(args, args.state)
+    args.out.mkdir(parents=True, exist_ok=True)
+    state_file = args.out / f".state-{os.getpid()}.json"
+    empty: dict[str, Any] = {"next": 0, "begin": time.time(), "rows": [], "failed": []}
+    state_file.write_text(json.dumps({**empty, "baselines": {}, "dense": {}, "missing": []}))
+    code = 1
+    for _ in range(MOST_STARTS):
+        before = json.loads(state_file.read_text())["next"]
+        command = [sys.executable, __file__, *sys.argv[1:], "--state", str(state_file)]
+        code = subprocess.run(command, check=False).returncode
+        state = json.loads(state_file.read_text())
+        if code == 0 or state["next"] == before:
+            break
+        if code != LOST_CONTEXT:  # it had no time to say so itself
+            state["failed"].append(state["current"])
+            state_file.write_text(json.dumps(state))
+        print(f"started again after row {state['next']}: the process ended with {code}")
+    state = json.loads(state_file.read_text())
+    state_file.unlink()
+    print("\n".join(summary(state["rows"], state["failed"])))
+    return 1 if code != 0 or state["failed"] else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
