@@ -16,12 +16,13 @@ NATIVE_SOURCES := $(shell find include src cmake -type f) CMakeLists.txt pyproje
 CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cpp' '*.cu' '*.cuh')
 CMAKE_FILES = $(shell git ls-files --cached --others --exclude-standard '*CMakeLists.txt' '*.cmake')
 
-.PHONY: help demo test test-cpp test-python lint format bench sanitize clean
+.PHONY: help demo test test-cpp test-python gpu-test lint format bench sanitize clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      generate with the bundled video model, dense against SLA and SLA2; results in outputs/demo"
 	@echo "make test      all tests that need no GPU: C++ (ctest), then Python (pytest)"
+	@echo "make gpu-test  the tests that need a CUDA device; says so and does nothing without one"
 	@echo "make lint      formatting, lint and types, as CI checks them (make format mends the first)"
 	@echo "make sanitize  the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench     the CPU benchmarks; appends to bench/results and renders docs/performance.md"
@@ -87,6 +88,14 @@ test-cpp: $(VENV)/.test
 
 test-python: $(VENV)/.test | test-cpp
 	@$(BIN)/python -m pytest -m "not gpu"
+
+# Loud where it cannot run: a silent success would look like a pass.
+gpu-test: $(VENV)/.test
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(BIN)/python tests/python/gpu/run.py; \
+	else \
+	  echo "gpu-test: SKIPPED: $(TORCH) in $(VENV) finds no CUDA device. Nothing was tested." >&2; \
+	fi
 
 sanitize:
 	@tools/system_packages.sh
