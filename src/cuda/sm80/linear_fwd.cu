@@ -4,8 +4,9 @@
 //   o_l = phi(q) H_i / (phi(q) . Z_i + epsilon), 0 where E_i is empty or the denominator is not a
 //         positive finite number
 //   o = o_l, o_s + o_l, o_s + o_l W^T + b or a o_s + (1 - a) o_l
-// A wave runs in four launches: y of the hedgehog maps (two more); states of key blocks, weights of
-// block pairs and W as 16-bit; sums of states; then this kernel, once over all queries.
+// A wave runs in three launches, after two for y of the hedgehog maps: states of key blocks,
+// weights of block pairs and W as 16-bit; sums of states (one launch for each pair where they take
+// the place of states); then this kernel.
 //
 //   Tiles    16 queries a warp, 64 or 128 of a block; a warp's rows are its own from q to o, and
 //            warps meet only because they share H and W. phi(q) and o_l stay in registers

@@ -4,6 +4,8 @@
 // sums by sequence, and rows of 16-bit elements in registers.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/common/tile.cuh"
 #include "cuda/kernels.h"
 #include "cuda/sm80/feature_map.cuh"
