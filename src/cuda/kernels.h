@@ -74,8 +74,8 @@ struct SparseForward {
   float* row_votes = nullptr;  // out (B, H, T_m); may be null
   const int32_t* tile_order = nullptr;  // (T_m, T_n)
   int64_t tile_order_stride = 0;
-  const float* k_mean = nullptr;  // (B, H_kv, num_sequences, D); null: keys as they are. lse is
-                                  // that of scores with the mean taken off
+  const float* k_mean = nullptr;   // (B, H_kv, num_sequences, D); null: keys as they are. lse is
+                                   // that of scores with the mean taken off
   bool is_protected_only = false;  // only blocks that are dense attention (combine is kLinear);
                                    // other rows: o is left alone, lse = -inf
   // Low bit, all null otherwise (sm80/sparse_low_bit.cu):
