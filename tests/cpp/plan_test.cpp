@@ -207,7 +207,8 @@ TEST_F(CudaPlanTest, EveryTargetHasItsOwnBackend) {
 
 TEST_F(CudaPlanTest, SizesThat32BitsDoNotCountAreRefused) {
   Problem problem = cuda_problem();
-  problem.batch = int64_t{1} << 24;
+  problem.batch = int64_t{1} << 26;
+  problem.head_dim = 4;
   EXPECT_CONTAINS(cuda_plan(problem).reason, "it counts the blocks of all heads in 32 bits");
 }
 
