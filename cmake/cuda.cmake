@@ -64,18 +64,6 @@ endif()
 set(SPARLINE_WITH_CUDA ON)
 message(STATUS "sparline: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${SPARLINE_CUDA_ARCHITECTURES}")
 
-# A spilled register costs a fast kernel more than most mistakes do, but which are spilled is up to the compiler: an error
-# with the one that CI has, a warning with others.
-set(default OFF)
-if(CMAKE_CUDA_COMPILER_VERSION MATCHES "^13\\.0\\.")
-  set(default ON)
-endif()
-option(SPARLINE_SPILLS_ARE_ERRORS "Fail where a fast CUDA kernel spills registers" ${default})
-set(no_spills "-Xptxas=--warn-on-spills")
-if(SPARLINE_SPILLS_ARE_ERRORS)
-  set(no_spills "-Xptxas=--warn-on-spills,--warning-as-error")
-endif()
-
 # Kernels are objects of their own, so that what links the library needs no CUDA compiler to do so.
 file(GLOB SPARLINE_CUDA_SOURCES CONFIGURE_DEPENDS src/cuda/*.cpp)
 file(GLOB_RECURSE kernels CONFIGURE_DEPENDS src/cuda/*.cu)
