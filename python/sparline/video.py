@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading and writing short clips: mp4 and gif files, contact sheets, and how alike two clips are.
 
-A clip is a uint8 array (T, H, W, 3).
+A clip is a uint8 array (T, H, W, 3). Only reading and writing files needs PyAV.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
-import av
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,10 +30,26 @@ def read_clip(path: Path, num_frames: int, height: int, width: int) -> Clip:
 
     Raises ValueError, in one sentence, if the file is no video or too short.
     """
+    return read_window(path, num_frames, height, width)
+
+
+def read_window(
+    path: Path, num_frames: int, height: int, width: int, seed: int | None = None
+) -> Clip:
+    """As ``read_clip``, from a frame that ``seed`` draws, where the file says how many it has."""
+    import av
+
     frames: list[Clip] = []
     try:
         with av.open(str(path)) as container:
-            for frame in container.decode(video=0):
+            spare = container.streams.video[0].frames - num_frames
+            first = 0
+            if seed is not None and spare > 0:
+                rng = torch.Generator().manual_seed(seed)
+                first = int(torch.randint(spare + 1, (), generator=rng))
+            for number, frame in enumerate(container.decode(video=0)):
+                if number < first:
+                    continue
                 image: Image.Image = cast(Any, frame).to_image()
                 frames.append(_fit(image, height, width))
                 if len(frames) == num_frames:
@@ -63,6 +78,8 @@ def write_clip(path: Path, clip: Clip, frame_rate: int = 8, min_side: int = 256)
         first, *rest = (Image.fromarray(frame) for frame in clip)
         first.save(path, save_all=True, append_images=rest, duration=1000 // frame_rate, loop=0)
         return
+    import av
+
     height, width = clip.shape[1] // 2 * 2, clip.shape[2] // 2 * 2  # yuv420p halves both
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(frame_rate))
