@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``sparline generate | inspect | doctor | explain | bench``.
+"""The command line: ``sparline generate | train | inspect | doctor | explain | bench``.
 
 Wrong input ends in one line on stderr and exit code 2; a traceback is a bug.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -173,13 +174,14 @@ def _show(progress: Progress, task: TaskID, done: int) -> None:
     progress.update(task, completed=done)
 
 
-def _progress() -> Progress:
+def _progress(disable: bool = False) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         console=console,
+        disable=disable,
     )
 
 
@@ -190,6 +192,35 @@ def _quiet_host_libraries() -> None:
         import diffusers
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="Configuration, .yaml or .json.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Dotted keys: method.keep_ratio=0.05 seed=1 ...")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; a GPU where there is one, if not given.")
+    ] = None,
+) -> None:
+    """Fine-tune a video model with an attention method; resumes. Many GPUs: under torchrun."""
+    with _one_line_errors(ImportError):
+        from sparline import train as train_module
+    _quiet_host_libraries()
+    with _one_line_errors(train_module.TrainError, ImportError):
+        loaded = train_module.load_config(config, overrides or [])
+        # Other processes of torchrun are silent, but for errors.
+        is_main = int(os.environ.get("RANK", "0")) == 0
+        with _progress(disable=not is_main) as progress:
+            task = progress.add_task("starting", total=None)
+
+            def show(done: int, total: int, words: str) -> None:
+                progress.update(task, description=words, completed=done, total=total)
+
+            summary = train_module.run(loaded, show, device=device)
+    if is_main:
+        console.print("\n".join(summary.words()), highlight=False, markup=False)
 
 
 @app.command()

@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SLA2's first stage: router and alpha learn, layer by layer, to give what dense attention gives.
+
+The dense model is a source of data. It runs on noised clips; q, k and v of each layer go into a
+ring of a few samples, and a step of training takes some of them:
+
+    minimise  mean square of  dense(q, k, v) - SLA2(q, k, v; soft router, alpha)
+
+with SoftTop-k at temperature 0.1 in place of top-k (SLA2, section 6). The ratios k follow one
+another, each from what the one before learned. What is in the ring at step n follows from n, so a
+resumed run refills it and goes on to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sparline
+from sparline.integrations.diffusers import WanSparseAttnProcessor
+
+from . import data, setup
+from .config import Config, TrainError
+from .distributed import World
+from .objective import add_noise, noised_at, predict
+
+#: Noised clips on which alpha is measured: noise levels evenly over the range.
+ALPHA_CLIPS = 4
+#: Streams of draws beside those of a fine-tuning run.
+_ALPHA, _TRAIN, _HELD_OUT = 101, 102, 103
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a layer's attention saw: q, k, v (B, N, H, D), and the dense o."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    options: dict[str, Any]  # of sparline.attention: layout, grid, backend
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.q, self.k, self.v, self.o))
+
+
+OnCall = Callable[[int, Call], None]
+
+
+class _Tap(sparline.nn.Attention):
+    """Dense attention in a method's place, that shows what it sees."""
+
+    def __init__(self, layer: int, attention: sparline.nn.Attention, on_call: OnCall) -> None:
+        super().__init__(attention.method, attention.head_dim, attention.num_heads)
+        self._layer, self._on_call = layer, on_call
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        # The processors' layout is bnhd.
+        q_rows, k_rows, v_rows = (x.transpose(1, 2) for x in (q, k, v))
+        o = F.scaled_dot_product_attention(q_rows, k_rows, v_rows).transpose(1, 2)
+        self._on_call(self._layer, Call(q, k, v, o, options))
+        return o
+
+
+def attentions(transformer: Any) -> dict[int, sparline.nn.Attention]:
+    """The modules that ``sparline.apply`` put into the model, by block."""
+    found = {n: block.attn1.processor for n, block in enumerate(transformer.blocks)}
+    return {n: p.attention for n, p in found.items() if isinstance(p, WanSparseAttnProcessor)}
+
+
+@contextlib.contextmanager
+def tapped(transformer: Any, on_call: OnCall) -> Iterator[None]:
+    """Within, a model with our processors computes dense attention, and ``on_call(layer, call)``
+    sees every call of it."""
+    own = attentions(transformer)
+    try:
+        for n, attention in own.items():
+            transformer.blocks[n].attn1.processor.attention = _Tap(n, attention, on_call)
+        yield
+    finally:
+        for n, attention in own.items():
+            transformer.blocks[n].attn1.processor.attention = attention
+
+
+@torch.no_grad()
+def measure_alpha(transformer: Any, source: data.Source, config: Config, world: World) -> None:
+    """Starts every SLA2 layer's alpha from the share of the dense softmax that its critical blocks
+    hold, the mean over a few noised clips. Other methods are left alone."""
+    layers = attentions(transformer)
+    modules = {n: m for n, m in layers.items() if isinstance(m, sparline.nn.SLA2)}
+    if not modules:
+        return
+    sums = {n: torch.zeros_like(m.alpha_logit) for n, m in modules.items()}
+
+    def on_call(layer: int, call: Call) -> None:
+        modules[layer].init_alpha(call.q, call.k, call.v, **call.options)
+        sums[layer] += modules[layer].alpha_logit.sigmoid()
+
+    was_training = transformer.training
+    transformer.eval()
+    with tapped(transformer, on_call):
+        for n, draw in enumerate(data.draws(data.mix(config.seed, _ALPHA), 0, ALPHA_CLIPS)):
+            batch = data.collate([source.load(draw)], world.device)
+            sigma = torch.tensor([(n + 0.5) / ALPHA_CLIPS], device=world.device)
+            predict(transformer, noised_at(batch, sigma, [draw]), config.training.mixed_precision)
+    transformer.train(was_training)
+    for n, module in modules.items():
+        module.alpha_logit.copy_((sums[n] / ALPHA_CLIPS).logit())
+
+
+# Stage 1 ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RouterSummary:
+    """What a router run did, for each ratio."""
+
+    states: dict[float, Path]  # files of sparline.save_state
+    #: (before, after) of mean (dense - SLA2)^2 / mean dense^2, hard router, held-out clips, mean
+    #: over layers; of ratios trained here.
+    errors: dict[float, tuple[float, float]]
+
+    def words(self) -> list[str]:
+        """A few lines for the user."""
+        told = []
+        for keep_ratio, path in self.states.items():
+            told.append(f"  {path}")
+            if keep_ratio in self.errors:
+                before, after = self.errors[keep_ratio]
+                told[-1] += f": relative square error {before:.4f} -> {after:.4f}, hard router"
+        return told
+
+
+class RouterTrainer:
+    """SLA2's stage 1 on a model. ``run`` trains every ratio that has no state file yet."""
+
+    def __init__(self, config: Config, *, device: str | None = None) -> None:
+        self.config = config
+        self.folder = Path(config.output_dir)
+        self.world = World.start(config.distributed, device)
+        if self.world.ulysses_degree > 1:
+            raise TrainError(
+                "train: task=router trains layers on whole sequences, got distributed."
+                f"ulysses_degree={self.world.ulysses_degree}. Set it to 1."
+            )
+        self.transformer = setup.load_transformer(config.model).to(self.world.device)
+        sources = setup.make_sources(config, self.transformer, self.world.device)
+        self.source, self.held_out = sources[0], sources[1] or sources[0]
+        setup.add_method(self.transformer, config)
+        self.transformer.eval().requires_grad_(False)
+        self.layers = {
+            n: cast(sparline.nn.SLA2, m) for n, m in attentions(self.transformer).items()
+        }
+        if config.model.alpha_from_data and config.model.state is None:
+            measure_alpha(self.transformer, self.source, config, self.world)
+
+    def run(self, on_progress: Callable[[int, int, str], None]) -> RouterSummary:
+        states: dict[float, Path] = {}
+        errors: dict[float, tuple[float, float]] = {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        ratios = self.config.router.keep_ratios
+        for number, keep_ratio in enumerate(ratios):
+            path = self.folder / f"router-{keep_ratio:g}.safetensors"
+            self._set_ratio(keep_ratio)
+            if path.is_file():
+                _load_learned(self.transformer, path)
+            else:
+                first = self._error(keep_ratio)
+                self._train(keep_ratio, number, on_progress)
+                errors[keep_ratio] = (first, self._error(keep_ratio))
+                self._save(path, keep_ratio, errors[keep_ratio])
+            states[keep_ratio] = path
+            self.world.wait()
+        return RouterSummary(states, errors)
+
+    def close(self) -> None:
+        """Leaves the other processes."""
+        self.world.close()
+
+    # One ratio ----------------------------------------------------------------------------------
+
+    def _train(
+        self, keep_ratio: float, number: int, on_progress: Callable[[int, int, str], None]
+    ) -> None:
+        """Trains all layers, as many together as ``max_buffer_bytes`` has room for."""
+        config = self.config.router
+        per_layer = self._sample_bytes() * config.buffer_samples
+        together = config.max_buffer_bytes // per_layer
+        if together < 1:
+            raise TrainError(
+                f"train: router.max_buffer_bytes={config.max_buffer_bytes} must hold the samples "
+                f"of one layer, {per_layer} bytes ({config.buffer_samples} of q, k, v and o). "
+                "Raise it, or lower router.buffer_samples."
+            )
+        numbers = list(self.layers)
+        passes = [numbers[i : i + together] for i in range(0, len(numbers), together)]
+        total = config.steps * len(passes) * len(config.keep_ratios)
+        for place, chosen in enumerate(passes):
+            before = (number * len(passes) + place) * config.steps
+
+            def show(step: int, loss: float, before: int = before) -> None:
+                on_progress(before + step, total, f"k {keep_ratio:g}, loss {loss:.2e}")
+
+            self._train_layers(chosen, show, self.folder / f"router-{keep_ratio:g}-{place}.partial")
+
+    def _train_layers(
+        self, chosen: Sequence[int], show: Callable[[int, float], None], saved: Path
+    ) -> None:
+        config = self.config.router
+        modules = [self.layers[n] for n in chosen]
+        for module in modules:
+            module.set_stage(1)
+        routers = [p for m in modules for p in m.router.parameters()]
+        alphas = [m.alpha_logit for m in modules]
+        maps = [f for m in modules for f in (m.feature_map_q, m.feature_map_k) if f is not None]
+        for feature_map in maps:
+            feature_map.requires_grad_(False)  # trained with the model, in stage 2
+        rates = (config.learning_rate, config.alpha_learning_rate)
+        optimizer = torch.optim.AdamW(
+            [{"params": p, "lr": lr} for p, lr in zip((routers, alphas), rates, strict=True)],
+            weight_decay=0.0,
+        )
+        parameters: list[nn.Parameter] = [*routers, *alphas]
+        first = self._load_partial(saved, parameters, optimizer)
+        ring = _Ring(chosen, config.buffer_samples)
+        for step in range(max(0, first - config.buffer_samples + 1), config.steps):
+            self._fill(ring, step)
+            if step < first:
+                continue
+            falling = 0.5 * (1.0 + math.cos(math.pi * step / config.steps))
+            for group, lr in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = lr * falling
+            rng = torch.Generator().manual_seed(data.mix(self.config.seed, _TRAIN, step))
+            total = torch.zeros((), device=self.world.device)
+            for n in chosen:
+                for call in ring.choose(n, config.batch_samples, rng):
+                    loss = _loss(self.layers[n], call) / (len(chosen) * config.batch_samples)
+                    torch.autograd.backward(loss)
+                    total += loss.detach()
+            self.world.reduce_gradients(parameters)
+            mean = self.world.mean(total).item()
+            if not math.isfinite(mean):
+                raise TrainError(
+                    f"train: the loss of the router must be finite, got {mean} at step {step}. "
+                    "Lower router.learning_rate and router.alpha_learning_rate."
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            show(step + 1, mean)
+            every = self.config.checkpoint.checkpointing_steps
+            if every and (step + 1) % every == 0 and step + 1 < config.steps:
+                self._save_partial(saved, step + 1, parameters, optimizer)
+        for module in modules:
+            module.set_stage(2)
+        if self.world.is_main:
+            saved.unlink(missing_ok=True)
+
+    def _fill(self, ring: _Ring, step: int) -> None:
+        """Runs the dense model on one clip of this rank and keeps what its layers saw."""
+        seed = data.mix(self.config.seed, _TRAIN)
+        position = step * self.world.num_data_ranks + self.world.data_rank
+        drawn = data.draws(seed, position, 1)
+        batch = data.collate([self.source.load(drawn[0])], self.world.device)
+        noised = add_noise(batch, drawn, self.config.loss)
+        with torch.no_grad(), tapped(self.transformer, ring.add):
+            predict(self.transformer, noised, self.config.training.mixed_precision)
+
+    @torch.no_grad()
+    def _error(self, keep_ratio: float) -> float:
+        """Mean over layers and held-out clips of |dense - SLA2|^2 / |dense|^2, hard router."""
+        found: list[Tensor] = []
+
+        def on_call(layer: int, call: Call) -> None:
+            module = self.layers[layer]
+            o = module(call.q, call.k, call.v, **call.options).float()
+            dense = call.o.float()
+            found.append((o - dense).square().sum() / dense.square().sum())
+
+        count = self.config.router.evaluation_samples
+        for n, draw in enumerate(data.draws(data.mix(self.config.seed, _HELD_OUT), 0, count)):
+            batch = data.collate([self.held_out.load(draw)], self.world.device)
+            sigma = torch.tensor([(n + 0.5) / count], device=self.world.device)
+            with tapped(self.transformer, on_call):
+                noised = noised_at(batch, sigma, [draw])
+                predict(self.transformer, noised, self.config.training.mixed_precision)
+        return torch.stack(found).mean().item()
+
+    def _sample_bytes(self) -> int:
+        """Of q, k, v and o of one layer and clip."""
+        sizes: list[int] = []
+        draw = data.draws(0, 0, 1)
+        batch = data.collate([self.source.load(draw[0])], self.world.device)
+        sigma = torch.full((1,), 0.5, device=self.world.device)
+        with torch.no_grad(), tapped(self.transformer, lambda _, c: sizes.append(c.num_bytes)):
+            noised = noised_at(batch, sigma, draw)
+            predict(self.transformer, noised, self.config.training.mixed_precision)
+        return max(sizes)
+
+    # Files --------------------------------------------------------------------------------------
+
+    def _set_ratio(self, keep_ratio: float) -> None:
+        for module in self.layers.values():
+            module.method = dataclasses.replace(module.method, keep_ratio=keep_ratio)
+
+    def _save(self, path: Path, keep_ratio: float, error: tuple[float, float]) -> None:
+        if not self.world.is_main:
+            return
+        installed = self.transformer._sparline
+        installed.method = dataclasses.replace(installed.method, keep_ratio=keep_ratio)
+        sparline.save_state(self.transformer, path)
+        line = {"keep_ratio": keep_ratio, "error_before": error[0], "error_after": error[1]}
+        with (self.folder / "router.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _save_partial(
+        self, path: Path, step: int, parameters: list[nn.Parameter], optimizer: Any
+    ) -> None:
+        if self.world.is_main:
+            state = {
+                "step": step,
+                "parameters": [p.detach() for p in parameters],
+                "optimizer": optimizer.state_dict(),
+            }
+            torch.save(state, f"{path}.writing")
+            Path(f"{path}.writing").replace(path)
+        self.world.wait()
+
+    def _load_partial(self, path: Path, parameters: list[nn.Parameter], optimizer: Any) -> int:
+        """Restores a ratio that was not finished; the step to go on from."""
+        if self.config.checkpoint.resume_from_checkpoint == "none" or not path.is_file():
+            return 0
+        state = torch.load(path, map_location=self.world.device, weights_only=True)
+        with torch.no_grad():
+            for parameter, value in zip(parameters, state["parameters"], strict=True):
+                parameter.copy_(value)
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["step"])
+
+
+def _loss(module: sparline.nn.SLA2, call: Call) -> Tensor:
+    """The mean square of dense - SLA2, relative to that of dense: so that layers weigh alike."""
+    o: Tensor = module(call.q, call.k, call.v, **call.options).float()
+    dense = call.o.float()
+    return (o - dense).square().mean() / dense.square().mean().clamp(min=1e-12)
+
+
+def _load_learned(transformer: Any, path: Path) -> None:
+    """The tensors of a state file whose method has another keep_ratio than the model was given."""
+    installed = transformer._sparline
+    first = next(iter(attentions(transformer).values()))
+    installed.method = first.method
+    sparline.load_state(transformer, path)
+
+
+class _Ring:
+    """The last few calls of each layer."""
+
+    def __init__(self, layers: Sequence[int], size: int) -> None:
+        self._calls: dict[int, list[Call]] = {n: [] for n in layers}
+        self._size = size
+
+    def add(self, layer: int, call: Call) -> None:
+        if layer in self._calls:
+            calls = self._calls[layer]
+            calls.append(call)
+            del calls[: -self._size]
+
+    def choose(self, layer: int, count: int, rng: torch.Generator) -> list[Call]:
+        """``count`` of them, with replacement."""
+        calls = self._calls[layer]
+        return [calls[int(torch.randint(len(calls), (), generator=rng))] for _ in range(count)]
