@@ -547,6 +547,11 @@ def _check(config: Config) -> Config:
             f"train: task=router trains SLA2's router, got method.name={config.method.name}. Set "
             "method.name=sla2, or task=finetune."
         )
+    if config.task == "router" and method is not None and method.low_bit is not None:
+        raise TrainError(
+            "train: task=router trains in 16 bits, got method.low_bit. Set method.low_bit=null, "
+            "and low_bit in the fine-tuning that follows."
+        )
     if isinstance(method, (sparline.DynSparse, sparline.BLASST)):
         raise TrainError(
             f"train: {config.method.name} skips tiles by what it sees in the loop and is meant for "

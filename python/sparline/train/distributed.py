@@ -111,9 +111,9 @@ class World:
         if self.size > 1 and self.is_sharded:
             transformer.set_requires_gradient_sync(is_last)
 
-    def reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Averages gradients over all ranks; sharded ones already are."""
-        if self.size == 1 or self.is_sharded:
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Averages, over all ranks, gradients that are not sharded."""
+        if self.size == 1:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([g.flatten() for g in gradients])

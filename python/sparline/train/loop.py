@@ -187,7 +187,8 @@ class Trainer:
             # follows, must become a sum.
             torch.autograd.backward(loss * (self.world.ulysses_degree / accumulation))
             total += loss.detach() / accumulation
-        self.world.reduce_gradients(list(self.parameters.values()))
+        if not self.world.is_sharded:
+            self.world.average_gradients(list(self.parameters.values()))
         norm = self._clip_gradients(config.optimizer.max_grad_norm)
         mean = self.world.mean(total).item()
         if math.isfinite(mean) and math.isfinite(norm):

@@ -248,7 +248,7 @@ class RouterTrainer:
                     loss = _loss(self.layers[n], call) / (len(chosen) * config.batch_samples)
                     torch.autograd.backward(loss)
                     total += loss.detach()
-            self.world.reduce_gradients(parameters)
+            self.world.average_gradients(parameters)
             mean = self.world.mean(total).item()
             if not math.isfinite(mean):
                 raise TrainError(

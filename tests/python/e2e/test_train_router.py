@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SLA2's first stage at toy size: the router learns what dense attention does, and nothing else
+moves."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("diffusers")
+
+import training
+
+import sparline
+from sparline import train
+from sparline.integrations.diffusers import learned_parameters
+from sparline.train.loop import Trainer
+from sparline.train.router import Call, RouterTrainer, _Ring, attentions, tapped
+
+pytestmark = pytest.mark.e2e
+
+ROUTER: dict[str, Any] = {
+    "keep_ratios": [0.25, 0.125],
+    "steps": 16,
+    "learning_rate": 1e-2,
+    "alpha_learning_rate": 1e-2,
+    "buffer_samples": 3,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def make(folder: Path, **sections: Any) -> RouterTrainer:
+    router = {**ROUTER, **sections.pop("router", {})}
+    config = training.make_config(folder, task="router", router=router, **sections)
+    trainer = RouterTrainer(config)
+    _sharpen(trainer)
+    return trainer
+
+
+def _sharpen(trainer: RouterTrainer) -> None:
+    """An untrained model attends evenly, and has no blocks to choose: make it attend sharply."""
+    rng = torch.Generator().manual_seed(3)
+    for block in trainer.transformer.blocks:
+        for linear in (block.attn1.to_q, block.attn1.to_k):
+            linear.weight.copy_(torch.randn(linear.weight.shape, generator=rng))
+        for norm in (block.attn1.norm_q, block.attn1.norm_k):
+            norm.weight.mul_(3.0)
+
+
+def silent(done: int, total: int, words: str) -> None:
+    pass
+
+
+def test_the_router_learns_and_the_model_stays(tmp_path: Path) -> None:
+    trainer = make(tmp_path / "run", router={"steps": 40})
+    others = {
+        n: p.clone() for n, p in trainer.transformer.named_parameters() if "attention." not in n
+    }
+    seen: list[tuple[int, int, str]] = []
+    summary = trainer.run(lambda *told: seen.append(told))
+    assert seen[0][:2] == (1, 80)
+    assert seen[-1][:2] == (80, 80)
+    for keep_ratio, (before, after) in summary.errors.items():
+        assert after < 0.99 * before, keep_ratio
+    losses = [float(words.split()[-1]) for _, _, words in seen[:40]]
+    assert sum(losses[20:]) < 0.98 * sum(losses[:20])
+    for name, p in trainer.transformer.named_parameters():
+        if name in others:
+            assert torch.equal(p, others[name])
+    told = [json.loads(x) for x in (tmp_path / "run" / "router.jsonl").read_text().splitlines()]
+    assert [line["keep_ratio"] for line in told] == [0.25, 0.125]
+    assert "relative square error" in summary.words()[0]
+
+
+def test_each_ratio_starts_from_the_one_before(tmp_path: Path) -> None:
+    first = make(tmp_path / "one", router={"keep_ratios": [0.25]})
+    first.run(silent)
+    still = {"keep_ratios": [0.25, 0.125], "steps": 16}
+    both = make(tmp_path / "both", router=still)
+    states = both.run(silent).states
+    a = load_file(tmp_path / "one" / "router-0.25.safetensors")
+    b = load_file(states[0.25])
+    c = load_file(states[0.125])
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    assert any(not torch.equal(value, c[name]) for name, value in b.items())
+    eye = torch.eye(training.HEAD_DIM)
+    name = next(n for n in b if n.endswith("proj_q.weight"))
+    assert (c[name] - b[name]).norm() < (c[name] - eye).norm()
+
+
+@pytest.mark.filterwarnings("error")
+def test_stage_2_takes_what_stage_1_learned(tmp_path: Path) -> None:
+    state = make(tmp_path / "router").run(silent).states[0.125]
+    method = {**training.METHOD, "keep_ratio": 0.125}
+    config = training.make_config(tmp_path / "run", method=method, model={"state": str(state)})
+    trainer = Trainer(config)
+    learned = load_file(state)
+    names = dict(learned_parameters(trainer.transformer))
+    for name, value in learned.items():
+        assert torch.equal(names[name], value), name
+    layer = next(iter(attentions(trainer.transformer).values()))
+    assert layer.method == sparline.method("sla2", **config.method.options)
+
+
+def test_a_killed_ratio_goes_on_to_the_bit(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "router": {"keep_ratios": [0.25], "steps": 9},
+        "checkpoint": {"checkpointing_steps": 5},
+    }
+    whole = make(tmp_path / "whole", **settings).run(silent).states[0.25]
+
+    def kill(done: int, total: int, words: str) -> None:
+        if done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "killed", **settings).run(kill)
+    steps: list[int] = []
+    resumed = make(tmp_path / "killed", **settings).run(lambda done, *_: steps.append(done))
+    assert steps == [6, 7, 8, 9]
+    a, b = load_file(whole), load_file(resumed.states[0.25])
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    names = {path.name for path in (tmp_path / "killed").iterdir()}
+    assert names == {"router-0.25.safetensors", "router.jsonl"}
+
+
+def test_a_finished_ratio_is_not_trained_again(tmp_path: Path) -> None:
+    make(tmp_path / "run", router={"keep_ratios": [0.25]}).run(silent)
+    seen: list[str] = []
+    summary = make(tmp_path / "run").run(lambda a, b, words: seen.append(words))
+    assert len(seen) == ROUTER["steps"]
+    assert all("k 0.125" in words for words in seen)
+    assert set(summary.states) == {0.25, 0.125}
+
+
+def test_layers_take_turns_where_memory_is_short(tmp_path: Path) -> None:
+    # q, k, v and o of 256 tokens, 2 heads of 16, float32, three samples: one layer at a time.
+    one_layer = 4 * 256 * 2 * 16 * 4 * 3
+    settings = {"keep_ratios": [0.25], "steps": 4}
+    seen: list[tuple[int, int]] = []
+    trainer = make(tmp_path / "turns", router={**settings, "max_buffer_bytes": one_layer})
+    trainer.run(lambda done, total, _: seen.append((done, total)))
+    assert seen == [(n, 8) for n in range(1, 9)]
+    for module in attentions(trainer.transformer).values():
+        assert isinstance(module, sparline.nn.SLA2)
+        assert not torch.equal(module.router.proj_q.weight, torch.eye(training.HEAD_DIM))
+    trainer = make(tmp_path / "no", router={**settings, "max_buffer_bytes": one_layer - 1})
+    with pytest.raises(
+        train.TrainError, match=re.escape(f"{one_layer} bytes (3 of q, k, v and o)")
+    ):
+        trainer.run(silent)
+
+
+def test_the_ring_holds_the_newest_of_its_layers() -> None:
+    ring = _Ring([0, 2], 2)
+    for n in range(4):
+        value = torch.full((1,), float(n))
+        for layer in range(3):
+            ring.add(layer, Call(value, value, value, value, {}))
+    rng = torch.Generator().manual_seed(0)
+    assert {float(call.q) for call in ring.choose(2, 40, rng)} == {2.0, 3.0}
+    assert set(ring._calls) == {0, 2}
+
+
+def test_a_tapped_model_is_the_dense_one(tmp_path: Path) -> None:
+    trainer = make(tmp_path / "run")
+    rng = torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(1, 3, 4, 16, 16, generator=rng),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, 4, 32, generator=rng),
+    }
+    layers: list[int] = []
+    sparse = trainer.transformer(**inputs).sample
+    with torch.no_grad(), tapped(trainer.transformer, lambda layer, _: layers.append(layer)):
+        dense = trainer.transformer(**inputs).sample
+    assert layers == [0, 1]
+    assert torch.equal(trainer.transformer(**inputs).sample, sparse)
+    expected = sparline.restore(trainer.transformer)(**inputs).sample
+    torch.testing.assert_close(dense, expected)
+    assert not torch.allclose(sparse, expected, atol=1e-4)
+
+
+def test_low_bit_waits_for_stage_2(tmp_path: Path) -> None:
+    with pytest.raises(train.TrainError, match="trains in 16 bits"):
+        make(tmp_path / "run", method={**training.METHOD, "low_bit": True})
