@@ -53,11 +53,16 @@ class Attention(nn.Module):
         """The parameters in the form that ``sparline.attention`` takes."""
         return Weights()
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Any:
-        """Arguments and result as in ``sparline.attention``, without ``method`` and ``weights``."""
-        return functional.attention(
-            q, k, v, method=self.method, weights=self.weights(), **arguments
-        )
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, heads: slice | None = None, **arguments: Any
+    ) -> Any:
+        """Arguments and result as in ``sparline.attention``, without ``method`` and ``weights``.
+
+        ``heads`` says which of the module's heads q, k and v hold, where heads are spread over
+        processes.
+        """
+        weights = self.weights() if heads is None else _of_heads(self.weights(), heads)
+        return functional.attention(q, k, v, method=self.method, weights=weights, **arguments)
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, method={self.method}"
@@ -213,10 +218,11 @@ class VSA(Attention):
         v: Tensor,
         *,
         hidden_states: Tensor | None = None,
+        heads: slice | None = None,
         **arguments: Any,
     ) -> Any:
         """``hidden_states`` (B, N, hidden_dim) is the input of the layer; the rest is as in
-        ``sparline.attention``."""
+        ``Attention``."""
         if hidden_states is None:
             raise TypeError(
                 "sparline.nn.VSA: hidden_states must be given: the gates are maps of the layer "
@@ -228,7 +234,10 @@ class VSA(Attention):
         def gate(linear: nn.Linear | None) -> Tensor | None:
             if linear is None:
                 return None
-            weight, bias = (x.to(hidden_states.dtype) for x in (linear.weight, linear.bias))
+            rows = slice(None)
+            if heads is not None:
+                rows = slice(heads.start * self.head_dim, heads.stop * self.head_dim)
+            weight, bias = (x[rows].to(hidden_states.dtype) for x in (linear.weight, linear.bias))
             values = nn.functional.linear(hidden_states, weight, bias)
             values = torch.unflatten(values, -1, (num_heads, self.head_dim))
             return values.transpose(1, 2) if is_bhnd else values
@@ -307,6 +316,17 @@ def _feature_weights(
         "feature_weight_k": None if map_k is None else map_k.weight,
         "feature_bias_k": None if map_k is None else map_k.bias,
     }
+
+
+def _of_heads(weights: Weights, heads: slice) -> Weights:
+    """What is learned per head, of some heads; a router may be shared by all."""
+    names = ("feature_weight_q", "feature_bias_q", "feature_weight_k", "feature_bias_k")
+    tensors = {name: getattr(weights, name) for name in (*names, "alpha_logit")}
+    for name in ("router_q", "router_k"):
+        router = getattr(weights, name)
+        if router is not None and router.ndim == 3:
+            tensors[name] = router
+    return weights._replace(**{n: t[heads] for n, t in tensors.items() if t is not None})
 
 
 def _zero_gate(hidden_dim: int, inner_dim: int) -> nn.Linear:

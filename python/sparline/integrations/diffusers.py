@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from diffusers import WanTransformer3DModel
 from diffusers.hooks._helpers import (
     AttentionProcessorMetadata,
@@ -36,6 +37,7 @@ from diffusers.models.transformers.transformer_wan import (
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_gather_tensor_autograd
 
 import sparline
 from sparline.methods import ChunkRouter, Method
@@ -170,13 +172,18 @@ class WanSparseAttnProcessor(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor) -> Tensor:
         options: dict[str, Any] = {"layout": "bnhd", "backend": self.backend}
-        if isinstance(self.attention, sparline.nn.VSA):
-            options["hidden_states"] = hidden_states
+        recipe = self.attention.method.recipe
         group = None
         if self._parallel_config is not None:  # all rows, H / ranks heads
             group = _ulysses_group(self._parallel_config, self.attention, num_heads=q.shape[2])
             q, k, v = (SeqAllToAllDim.apply(group, x, 2, 1) for x in (q, k, v))
-        if self.attention.method.recipe.needs_grid:
+            first = dist.get_rank(group) * q.shape[2]
+            options["heads"] = slice(first, first + q.shape[2])
+            if recipe.has_coarse_branch:  # whose gates are maps of every row's input
+                hidden_states = all_gather_tensor_autograd(hidden_states, 1, group)
+        if recipe.has_coarse_branch:
+            options["hidden_states"] = hidden_states
+        if recipe.needs_grid:
             options["grid"] = self.clock.grids[q.shape[1]]
         o = self.attention(q, k, v, **options)
         return cast(Tensor, o if group is None else SeqAllToAllDim.apply(group, o, 1, 2))
@@ -228,15 +235,12 @@ def _ulysses_group(config: Any, attention: sparline.nn.Attention, num_heads: int
             f"{num_heads} heads, ulysses_degree={parallel.ulysses_degree}, "
             f"ulysses_anything={parallel.ulysses_anything}. Choose a degree that divides both."
         )
-    recipe = attention.method.recipe
-    is_headwise = recipe.has_feature_weights or recipe.combine == "blend"
-    ranks_all_heads = isinstance(recipe.router, ChunkRouter) and recipe.router.mode == "overall"
-    if is_headwise or recipe.has_coarse_branch or ranks_all_heads:
+    chunks = attention.method.recipe.router
+    if isinstance(chunks, ChunkRouter) and chunks.mode == "overall":
         raise NotImplementedError(
-            "context parallelism: tensors that are learned per head (hedgehog maps, SLA2's alpha, "
-            "VSA's gates) are not split over ranks yet, and VMoBA's mode 'overall' ranks all heads "
-            f"together, got {attention.method}. Use a method without them, such as SLA with the "
-            "softmax feature map."
+            "context parallelism: each rank sees some of the heads, and VMoBA's mode 'overall' "
+            f"ranks all of them together, got {attention.method}. Use mode='query_head' or "
+            "'head_global'."
         )
     return parallel._ulysses_mesh.get_group()
 
