@@ -1,0 +1,670 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What sparse attention costs in quality, and what fine-tuning wins back: the whole experiment.
+
+    python examples/experiment/experiment.py short.yaml --out run --data scenes.npz --minutes 9
+    python examples/experiment/experiment.py long.yaml --out run --data scenes.npz --list
+    python examples/experiment/render.py run/short/results.jsonl run/long/results.jsonl
+
+Every row of the configuration is fine-tuned from one dense model, on the same clips with the same
+noise, for the same steps, at each ratio of kept blocks; rows that need no training are run on the
+dense model as it is. The work is cut into pieces, one for each row, ratio and seed, whose state
+lies under --out: finished pieces are skipped, and one that --minutes interrupts goes on to the bit.
+With --gpus each GPU takes the next piece that is free. results.jsonl holds a line for each finished
+piece.
+
+Scenes are those of examples/train_demo_model.py --prepare; without --data, generated textures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import sparline
+from sparline import density, train
+from sparline.demo.data import ClipSource, load_scenes, save_scenes
+from sparline.demo.pipeline import DemoPipeline
+from sparline.integrations.probe import achieved_sparsity
+from sparline.machine import describe_device
+from sparline.methods import Method
+from sparline.tokens import Grid
+from sparline.train import data, objective, router, setup
+from sparline.train.distributed import World
+
+HERE = Path(__file__).parent
+#: Of the bundled model's scheduler.
+SHIFT = 2.0
+#: Noise levels at which attention is looked at.
+LEVELS = (0.2, 0.5, 0.8)
+#: Layers on which a density is set, and the halvings of the search.
+TUNED_LAYERS, SEARCHES = 3, 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One way of attending. ``density_by`` names the option that makes the density where that is
+    not ``keep_ratio``."""
+
+    name: str
+    words: str
+    method: dict[str, Any]
+    has_ratio: bool = True
+    density_by: str = "keep_ratio"
+    uses_router: bool = False  # starts from what stage 1 learned
+    is_free: bool = False  # not trained
+    seeds: int = 1  # at the first ratio; one at the others
+    keep: bool = False  # the weights stay on disk
+    set: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Work that is done or not."""
+
+    kind: str  # start, router, train, free
+    row: Row | None = None
+    ratio: float | None = None
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        if self.row is None:
+            return self.kind
+        ratio = "" if self.ratio is None else f"-{self.ratio:g}"
+        return f"{self.row.name}{ratio}-seed{self.seed}"
+
+
+class OutOfTime(Exception):
+    """The budget is spent; what was done is on disk."""
+
+
+class Experiment:
+    def __init__(self, file: Path, args: argparse.Namespace) -> None:
+        self.settings = read(file)
+        self.folder: Path = args.out / self.settings["name"]
+        self.rows = [
+            Row(**{**row, "set": tuple(row.get("set", ()))}) for row in self.settings["rows"]
+        ]
+        self.deadline = time.monotonic() + 60.0 * args.minutes
+        self.args = args
+        self.device = torch.device(args.device)
+
+    # What there is to do ------------------------------------------------------------------------
+
+    def pieces(self) -> list[Piece]:
+        """What was asked for."""
+        only = self.args.only
+        return [p for p in self.all_pieces() if only is None or only in p.name]
+
+    def all_pieces(self) -> list[Piece]:
+        """Everything, the most telling first."""
+        found = [Piece("start")] if "start" in self.settings else []
+        found += [Piece("train", row) for row in self.rows if row.name == "dense"]
+        if any(row.uses_router for row in self.rows):
+            found.append(Piece("router"))
+        for place, ratio in enumerate(self.settings["ratios"]):
+            for row in self.rows:
+                kind = "free" if row.is_free else "train"
+                if row.has_ratio:
+                    found.append(Piece(kind, row, ratio))
+                elif place == 0 and row.name != "dense":
+                    found.append(Piece(kind, row))
+        first = self.settings["ratios"][0]
+        for seed in range(1, max(row.seeds for row in self.rows)):
+            for row in self.rows:
+                if row.seeds > seed:
+                    found.append(Piece("train", row, first if row.has_ratio else None, seed))
+        return found
+
+    def is_done(self, piece: Piece) -> bool:
+        return (self.folder / piece.name / "result.json").is_file()
+
+    def needs(self, piece: Piece) -> list[str]:
+        """Names of the pieces that must be done before."""
+        has_start = "start" in self.settings and piece.kind != "start"
+        first = ["start"] if has_start else []
+        if piece.row is not None and piece.row.uses_router:
+            first.append("router")
+        return [*first, "dense-seed0"] if piece.kind == "free" else first
+
+    def run(self) -> int:
+        """Does what it can in its time; the number of pieces that failed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        failed: set[str] = set()
+        while self.minutes_left() > 0.0:
+            left = [p for p in self.pieces() if not self.is_done(p) and p.name not in failed]
+            done = {p.name for p in self.all_pieces() if self.is_done(p)}
+            ready = [p for p in left if done.issuperset(self.needs(p))]
+            piece = next((p for p in ready if self.claim(p)), None)
+            if piece is not None:
+                try:
+                    self.finish(piece)
+                except OutOfTime:
+                    break
+                except Exception:  # one row that fails must not cost the others
+                    failed.add(piece.name)
+                    print(f"{piece.name} FAILED", flush=True)
+                    traceback.print_exc()
+                finally:
+                    self.claim_file(piece).unlink(missing_ok=True)
+            elif any(self.is_claimed(name) for p in left for name in self.needs(p)):
+                time.sleep(1.0)  # until another GPU is done with what the rest waits for
+            else:
+                for p in left:
+                    if p not in ready:
+                        print(f"{p.name} needs {', '.join(self.needs(p))}", flush=True)
+                break
+        return len(failed)
+
+    def claim_file(self, piece: Piece) -> Path:
+        return self.folder / f"{piece.name}.claim"
+
+    def is_claimed(self, name: str) -> bool:
+        return (self.folder / f"{name}.claim").exists()
+
+    def claim(self, piece: Piece) -> bool:
+        """Whether this process, and no other, may do the piece."""
+        try:
+            self.claim_file(piece).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return not self.is_done(piece)
+
+    def finish(self, piece: Piece) -> None:
+        begin = time.monotonic()
+        print(f"{piece.name} ...", flush=True)
+        result = self.do(piece)
+        result = {**self.describe(piece), **result, "minutes": minutes_since(begin)}
+        (self.folder / piece.name).mkdir(exist_ok=True)
+        write_json(self.folder / piece.name / "result.json", result)
+        told = {k: result[k] for k in ("held_out_loss", "density", "ms") if k in result}
+        print(f"{piece.name}: {told}, {result['minutes']:.1f} minutes", flush=True)
+
+    def collect(self) -> None:
+        """results.jsonl from all finished pieces, with how alike their clips are to the dense
+        row's of the same seed."""
+        lines = []
+        pieces = self.all_pieces()
+        for piece in pieces:
+            if self.is_done(piece) and piece.row is not None:
+                result = json.loads((self.folder / piece.name / "result.json").read_text())
+                lines.append(json.dumps({**result, **self.compare_clips(piece)}) + "\n")
+        (self.folder / "results.jsonl").write_text("".join(lines))
+        print(f"{sum(map(self.is_done, pieces))} of {len(pieces)} pieces are done", flush=True)
+
+    def minutes_left(self) -> float:
+        return (self.deadline - time.monotonic()) / 60.0
+
+    def describe(self, piece: Piece) -> dict[str, Any]:
+        row = piece.row
+        size = self.settings["train"]["data"]
+        described = {
+            "experiment": self.settings["name"],
+            "piece": piece.name,
+            "num_tokens": self.grid.length,
+            "batch": size["train_batch_size"],
+            "steps": self.settings["train"]["training"]["max_train_steps"],
+            "data": "generated textures" if self.args.data is None else "scenes",
+            "device": describe_device()
+            if self.device.type == "cpu"
+            else torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+        }
+        if row is not None:
+            described |= {
+                "row": row.name,
+                "words": row.words,
+                "is_free": row.is_free,
+                "ratio": piece.ratio,
+                "seed": piece.seed,
+            }
+        return described
+
+    @property
+    def grid(self) -> Grid:
+        size = self.settings["train"]["data"]
+        return Grid(size["num_frames"], size["height"] // 2, size["width"] // 2)
+
+    # One piece ----------------------------------------------------------------------------------
+
+    def do(self, piece: Piece) -> dict[str, Any]:
+        if piece.kind == "start":
+            return self.start(piece)
+        if piece.kind == "router":
+            return self.train_router(piece)
+        if piece.kind == "free":
+            return self.measure_free(piece)
+        return self.fine_tune(piece)
+
+    def config(
+        self, piece: Piece, method: dict[str, Any], *sections: dict[str, Any]
+    ) -> train.Config:
+        """The training configuration of a piece."""
+        merged = merge(self.settings["train"], *sections)
+        merged = merge(
+            merged,
+            {
+                "output_dir": str(self.folder / piece.name),
+                "seed": piece.seed,
+                "method": method,
+                "data": {"source": "demo", "path": str(self.scenes())},
+                "model": {"path": self.start_from()},
+                "logging": {"report_to": "none"},
+                "checkpoint": {"checkpoints_total_limit": 1, "checkpointing_steps": 100},
+                "training": {"max_minutes": max(0.01, self.minutes_left())},
+            },
+        )
+        own = piece.row.set if piece.row is not None else ()
+        return train.from_dict(merged, [*own, *self.args.set])
+
+    def scenes(self) -> Path:
+        if self.args.data is not None:
+            return Path(self.args.data)
+        made = self.folder / "textures.npz"
+        if not made.is_file():
+            sys.path.insert(0, str(HERE.parent))
+            from train_demo_cuda import generated_scenes
+
+            save_scenes(made, generated_scenes(self.settings["train"]["data"]["height"]))
+        return made
+
+    def start_from(self) -> str | None:
+        """The dense model that all rows start from."""
+        if "start" in self.settings:
+            folder = self.folder / "start" / "final" / "transformer"
+            if folder.is_dir():
+                return str(folder)
+        given: str | None = self.settings["train"].get("model", {}).get("path")
+        return given
+
+    def start(self, piece: Piece) -> dict[str, Any]:
+        config = self.config(piece, {"name": "original"}, self.settings["start"])
+        trainer, told = self.train(config)
+        told["held_out_loss"] = mean_loss(trainer.held_out_losses())
+        self.clean(piece, keep=True)
+        return told
+
+    def train_router(self, piece: Piece) -> dict[str, Any]:
+        row = next(row for row in self.rows if row.uses_router)
+        config = self.config(piece, row.method, self.settings["router"], {"task": "router"})
+
+        def show(done: int, total: int, words: str) -> None:
+            if self.minutes_left() <= 0.0:
+                raise OutOfTime
+
+        begin = time.monotonic()
+        summary = train.RouterTrainer(config, device=self.args.device).run(show)
+        errors = {f"{k:g}": pair for k, pair in summary.errors.items()}
+        return {"errors": errors, "training_minutes": minutes_since(begin)}
+
+    def train(self, config: train.Config) -> tuple[train.Trainer, dict[str, Any]]:
+        """Runs to the end or out of time; the trainer, and what is to be told of the training."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        trainer = train.Trainer(config, device=self.args.device)
+        summary = trainer.run()
+        if not summary.is_done:
+            raise OutOfTime
+        lines = [
+            json.loads(line)
+            for line in (Path(config.output_dir) / "log.jsonl").read_text().splitlines()
+        ]
+        steps = [line for line in lines if "grad_norm" in line and "ms" in line]
+        curve = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
+        told: dict[str, Any] = {
+            "ms": statistics.median(line["ms"] for line in steps),
+            "train_loss": [(line["step"], round(line["loss"], 5)) for line in steps],
+            "held_out_curve": [(step, round(loss, 6)) for step, loss in curve],
+            "nonfinite_steps": summary.nonfinite_steps,
+        }
+        if self.device.type == "cuda":
+            told["peak_bytes"] = torch.cuda.max_memory_allocated()
+        return trainer, told
+
+    def fine_tune(self, piece: Piece) -> dict[str, Any]:
+        row = piece.row
+        assert row is not None
+        method = self.at_density(row, piece.ratio)
+        sections: list[dict[str, Any]] = []
+        if row.uses_router:
+            state = self.folder / "router" / f"router-{piece.ratio:g}.safetensors"
+            sections.append({"model": {"state": str(state)}})
+        config = self.config(piece, method, *sections)
+        trainer, told = self.train(config)
+        losses = trainer.held_out_losses(self.settings["evaluation"]["held_out_clips"])
+        told |= {"held_out_loss": mean_loss(losses), "held_out": rounded(losses)}
+        with trainer.averaged():
+            told |= self.look_at(trainer.transformer, trainer.held_out, config)
+            self.generate(piece, trainer.transformer, config)
+        told["method"] = method
+        self.clean(piece, row.keep)
+        return told
+
+    def measure_free(self, piece: Piece) -> dict[str, Any]:
+        """A method on the fine-tuned dense model, as it is."""
+        row = piece.row
+        assert row is not None
+        dense = self.folder / "dense-seed0" / "final" / "transformer"
+        method = self.at_density(row, piece.ratio, str(dense))
+        config = self.config(piece, {"name": "original"}, {})
+        model = setup.load_transformer(dataclasses.replace(config.model, path=str(dense)))
+        model.to(self.device).eval().requires_grad_(False)
+        sparline.apply(model, sparline.method(method["name"], **without_name(method)))
+        _, held_out = setup.make_sources(config, model, self.device)
+        assert held_out is not None
+        losses = objective.held_out_losses(
+            model,
+            held_out,
+            self.settings["evaluation"]["held_out_clips"],
+            config.data.train_batch_size,
+            World(self.device),
+            config.training.mixed_precision,
+        )
+        told = {"held_out_loss": mean_loss(losses), "held_out": rounded(losses), "method": method}
+        told |= self.look_at(model, held_out, config)
+        self.generate(piece, model, config)
+        return told
+
+    def clean(self, piece: Piece, keep: bool) -> None:
+        folder = self.folder / piece.name
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        if not keep:
+            shutil.rmtree(folder / "final", ignore_errors=True)
+
+    # Density ------------------------------------------------------------------------------------
+
+    def at_density(self, row: Row, ratio: float | None, model: str | None = None) -> dict[str, Any]:
+        """The method of a row with the option that keeps ``ratio`` of the scores."""
+        if ratio is None:
+            return row.method
+        if row.density_by == "keep_ratio":
+            return {**row.method, "keep_ratio": ratio}
+        if row.density_by == "num_cubes":
+            cube = sparline.method(row.method["name"], **without_name(row.method)).cube
+            cubes = math.prod(n // side for n, side in zip(self.grid[:3], cube, strict=True))
+            return {**row.method, "num_cubes": max(1, math.floor(ratio * cubes))}
+        return {**row.method, row.density_by: self.search(row, ratio, model)}
+
+    def search(self, row: Row, ratio: float, path: str | None) -> float:
+        """The value of the option at which a few layers of the dense model keep ``ratio``."""
+        config = self.config(Piece("free", row), {"name": "dense"}, {})
+        if path is not None:
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
+        samples = list(self.capture(config))
+
+        def make(value: float) -> Method:
+            return sparline.method(
+                row.method["name"], **without_name(row.method), **{row.density_by: value}
+            )
+
+        def kept(value: float) -> float:
+            if row.density_by == "log_threshold":
+                found = [
+                    density.skipped_shares(make(value), s, density.SKIP_TILES) for s in samples
+                ]
+                return 1.0 - statistics.fmean(statistics.fmean(shares) for shares in found)
+            return statistics.fmean(density.kept_share(make(value), s) for s in samples)
+
+        # A higher mass keeps more, and so does VMoBA's share; a higher log-threshold keeps less.
+        falls = row.density_by == "log_threshold"
+        low, high = (-20.0, -1e-3) if falls else (0.0, 1.0)
+        for _ in range(SEARCHES):
+            middle = 0.5 * (low + high)
+            if (kept(middle) > ratio) == falls:
+                low = middle
+            else:
+                high = middle
+        return 0.5 * (low + high)
+
+    def capture(self, config: train.Config) -> Iterator[Captured]:
+        """q, k and v of a few layers of the dense model on one held-out clip."""
+        model = setup.load_transformer(config.model).to(self.device).eval()
+        sparline.apply(model, sparline.Dense())
+        _, held_out = setup.make_sources(config, model, self.device)
+        layers = {n * len(model.blocks) // TUNED_LAYERS for n in range(TUNED_LAYERS)}
+        found: list[Captured] = []
+
+        def on_call(layer: int, call: router.Call) -> None:
+            if layer in layers:
+                found.append(Captured(call.q, call.k, call.v, self.grid, layer))
+
+        with torch.no_grad(), router.tapped(model, on_call):
+            for level in LEVELS:
+                noised = held_out_at(held_out, level, self.device)
+                objective.predict(model, noised, config.training.mixed_precision)
+        yield from found
+
+    # Measures -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def look_at(self, model: Any, held_out: Any, config: train.Config) -> dict[str, Any]:
+        """Attention against dense attention on the model's own q, k, v: mean over layers, by noise
+        level; and the density that is achieved."""
+        modules = router.attentions(model)
+        if not modules:
+            return {"density": 1.0}
+        errors: dict[float, list[tuple[float, float]]] = {level: [] for level in LEVELS}
+        densities: list[float] = []
+        level = LEVELS[0]
+
+        def on_call(layer: int, call: router.Call) -> None:
+            module, inputs = modules[layer], (call.q, call.k, call.v)
+            o, dense = module(*inputs, **call.options).float(), call.o.float()
+            cosine = F.cosine_similarity(o.flatten(), dense.flatten(), dim=0).item()
+            relative_l1 = ((o - dense).abs().sum() / dense.abs().sum()).item()
+            errors[level].append((relative_l1, cosine))
+            if isinstance(module.method, sparline.VMoBA):  # whose rows choose one by one
+                seen = Captured(*inputs, self.grid, layer)
+                densities.append(density.kept_share(module.method, seen))
+            else:
+                densities.append(1.0 - achieved_sparsity(module, inputs, call.options))
+
+        was_training = model.training
+        model.eval()
+        with router.tapped(model, on_call):
+            for level in LEVELS:
+                noised = held_out_at(held_out, level, self.device)
+                objective.predict(model, noised, config.training.mixed_precision)
+        model.train(was_training)
+        return {
+            "density": statistics.fmean(densities),
+            "attention_relative_l1": {
+                f"{x:g}": statistics.fmean(e[0] for e in errors[x]) for x in LEVELS
+            },
+            "attention_cosine": {
+                f"{x:g}": statistics.fmean(e[1] for e in errors[x]) for x in LEVELS
+            },
+        }
+
+    @torch.no_grad()
+    def generate(self, piece: Piece, model: Any, config: train.Config) -> None:
+        """Clips from noise and over held-out clips, at the seeds of every other piece."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        wanted = self.settings["evaluation"]
+        size = config.data
+        scenes = load_scenes(self.scenes())
+        source = ClipSource("val", size.num_frames, size.height, scenes=scenes, device=self.device)
+        prompts = [p for p in wanted["prompts"] if p in source.names] or list(source.names)[:2]
+        pipeline = DemoPipeline(
+            model, FlowMatchEulerDiscreteScheduler(shift=SHIFT), list(source.names)
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        was_training = model.training
+        model.eval()
+        clips: dict[str, np.ndarray[Any, Any]] = {}
+        is_16_bit = config.training.mixed_precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=is_16_bit):
+            for prompt in prompts:
+                for seed in range(wanted["seeds"]):
+                    for kind in ("noise", "clip"):
+                        extra: dict[str, Any] = {}
+                        if kind == "clip":
+                            extra = {
+                                "video": source.held_out_clip(prompt),
+                                "strength": wanted["strength"],
+                            }
+                        frames = pipeline(
+                            prompt,
+                            num_frames=size.num_frames,
+                            height=size.height,
+                            width=size.width,
+                            num_inference_steps=wanted["steps"],
+                            guidance_scale=wanted["guidance"],
+                            generator=torch.Generator().manual_seed(seed),
+                            **extra,
+                        ).frames[0]
+                        pixels = (
+                            (np.asarray(frames).clip(0.0, 1.0) * 255.0).round().astype(np.uint8)
+                        )
+                        clips[f"{kind}|{prompt}|{seed}"] = pixels
+        model.train(was_training)
+        folder = self.folder / piece.name
+        folder.mkdir(exist_ok=True)
+        np.savez_compressed(folder / "clips.npz", **clips)  # type: ignore[arg-type]
+
+    def compare_clips(self, piece: Piece) -> dict[str, float]:
+        """PSNR and SSIM against the clips of the dense row, where that is done."""
+        from sparline import video
+
+        folder, row = self.folder, piece.row
+        against = folder / f"dense-seed{piece.seed}" / "clips.npz"
+        if row is None or row.name == "dense" or not against.is_file():
+            return {}
+        told = {}
+        with np.load(against) as dense, np.load(folder / piece.name / "clips.npz") as clips:
+            for kind in ("noise", "clip"):
+                pairs = [(clips[name], dense[name]) for name in dense if name.startswith(kind)]
+                told[f"{kind}_psnr_db"] = statistics.fmean(video.psnr(a, b) for a, b in pairs)
+                told[f"{kind}_ssim"] = statistics.fmean(video.ssim(a, b) for a, b in pairs)
+        return told
+
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """What ``sparline.density`` looks at."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    grid: Grid
+    layer: int
+
+
+# Small parts ------------------------------------------------------------------------------------
+
+
+def held_out_at(source: Any, level: float, device: torch.device) -> objective.Noised:
+    """One held-out clip, the same every time, at a noise level."""
+    drawn = data.draws(objective.HELD_OUT_SEED, 0, 1)
+    batch = data.collate([source.load(drawn[0])], device)
+    return objective.noised_at(batch, torch.tensor([level], device=device), drawn)
+
+
+def mean_loss(losses: list[tuple[float, float]]) -> float:
+    return statistics.fmean(loss for _, loss in losses)
+
+
+def rounded(losses: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    return [(round(sigma, 5), round(loss, 6)) for sigma, loss in losses]
+
+
+def without_name(method: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in method.items() if k != "name"}
+
+
+def merge(base: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries, the later over the earlier; a method is replaced whole."""
+    merged = dict(base)
+    for other in others:
+        for key, value in other.items():
+            both = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "method"
+            merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def minutes_since(begin: float) -> float:
+    return round((time.monotonic() - begin) / 60.0, 2)
+
+
+def read(file: Path) -> dict[str, Any]:
+    import yaml
+
+    path = file if file.is_file() else HERE / file
+    settings: dict[str, Any] = yaml.safe_load(path.read_text())
+    return settings
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content) + "\n")
+    partial.replace(path)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    add: Callable[..., Any] = parser.add_argument
+    add("file", type=Path, help="short.yaml, long.yaml, or another of their kind")
+    add("--out", type=Path, default=Path("experiment"), help="state and results")
+    add("--data", metavar="FILE", help="scenes of train_demo_model.py --prepare")
+    add("--minutes", type=float, default=math.inf, help="stop, resumable, after this long")
+    add("--only", help="pieces whose name contains this")
+    add("--set", action="append", default=[], help="override of the training configuration")
+    add("--list", action="store_true", help="say what is done and what is not, and stop")
+    add("--gpus", type=int, default=0, help="share the pieces among this many processes")
+    add("--worker", dest="is_worker", action="store_true", help=argparse.SUPPRESS)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    args = parse_args()
+    torch.set_float32_matmul_precision("high")
+    experiment = Experiment(args.file, args)
+    if args.list:
+        for piece in experiment.pieces():
+            print("done" if experiment.is_done(piece) else "    ", piece.name)
+        return 0
+    if args.is_worker:
+        return experiment.run()
+    for claim in experiment.folder.glob("*.claim"):
+        claim.unlink()  # of processes that were killed
+    failed = work_together(args.gpus) if args.gpus else experiment.run()
+    experiment.collect()
+    return 1 if failed else 0
+
+
+def work_together(num_processes: int) -> int:
+    """This command in many processes, each with a GPU of its own where there are GPUs."""
+    workers = [
+        subprocess.Popen(
+            [sys.executable, *sys.argv, "--worker"],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": str(n)},
+        )
+        for n in range(num_processes)
+    ]
+    return sum(worker.wait() for worker in workers)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Renders docs/quality.md and its plots from what experiment.py found. No number is typed by hand.
+
+    python examples/experiment/render.py run/short/results.jsonl run/long/results.jsonl
+
+Results are copied to bench/results/training/<experiment>.jsonl, from which, without arguments, the
+page is rendered again. --check fails if the page is not what would be written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results" / "training"
+PAGE = ROOT / "docs" / "quality.md"
+#: Rows of the plots: the rest is in the tables.
+PLOTTED = ("sparse", "sla_main", "sla", "sla2", "linear_plus_sparse", "vsa", "vmoba", "sla2_cubes")
+
+HEAD = """\
+# Quality after fine-tuning
+
+Measured by `examples/experiment/experiment.py`, rendered by `examples/experiment/render.py` from
+`bench/results/training`. Not edited by hand. How to read it:
+
+- **Every trained row** starts from one dense model and sees the same clips with the same noise for
+  the same steps; dense is trained on likewise. Rows under *no training* run on that dense model.
+- **held-out loss** is the flow-matching loss of the averaged weights on fixed held-out clips with
+  fixed noise and evenly spaced noise levels; **Δ dense** is the mean of the paired differences to
+  dense of the same seed, in percent of dense, ± the standard error of that mean over clips; where
+  there are several seeds, a range over seeds follows.
+- **gap closed**: the share of sparse-only's Δ, at the same ratio and seed, that is not left.
+- **density** is the share of score elements (of tiles, for in-loop methods) that enter the softmax,
+  as achieved, mean over layers.
+- **PSNR, SSIM**: clips from noise, and over held-out clips, against those of dense from the same
+  noise. **attention** is the relative L1 error against dense attention on the model's own q, k, v.
+- **ms** is a training step, **GiB** the peak of memory allocated in training.
+"""
+
+Result = dict[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("results", nargs="*", type=Path, help="results.jsonl of experiment.py")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--store", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    for path in args.results:
+        results = read(path)
+        if not results:
+            print(f"render: {path} holds no finished piece yet; nothing was changed.")
+            return 1
+        args.store.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, args.store / f"{results[0]['experiment']}.jsonl")
+    experiments = {path.stem: read(path) for path in sorted(args.store.glob("*.jsonl"))}
+    experiments = dict(sorted(experiments.items(), key=lambda item: item[1][0]["num_tokens"]))
+    if args.check:
+        # The plots are left out: their pixels depend on the version of matplotlib.
+        text = page(experiments)
+        if args.page.read_text() == text:
+            return 0
+        print(f"{args.page} is not what its results give; run {Path(__file__).name}")
+        return 1
+    for name, results in experiments.items():
+        plot(args.page.parent / f"quality-{name}.png", results)
+    args.page.write_text(page(experiments))
+    print(f"wrote {args.page}")
+    return 0
+
+
+def read(path: Path) -> list[Result]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# The page ---------------------------------------------------------------------------------------
+
+
+def page(experiments: dict[str, list[Result]]) -> str:
+    parts = [HEAD]
+    for name, results in experiments.items():
+        first = results[0]
+        devices = ", ".join(sorted({r["device"] for r in results}))
+        parts.append(
+            f"## {first['num_tokens']:,} tokens\n".replace(",", " ")
+            + f"\n{first['steps']} steps of batch {first['batch']}, {first['data']}, on {devices}, "
+            f"torch {first['torch']}.\n\n![Losses](quality-{name}.png)\n"
+        )
+        ratios = sorted({r["ratio"] for r in results if r["ratio"] is not None}, reverse=True)
+        without = [r for r in results if r["ratio"] is None]
+        parts.append(table(without, results))
+        for ratio in ratios:
+            at_ratio = [r for r in results if r["ratio"] == ratio]
+            parts.append(f"### {100 * (1 - ratio):g} % sparsity\n\n" + table(at_ratio, results))
+        parts.append(levels_table(results))
+    return "\n".join(parts)
+
+
+def table(rows: list[Result], results: list[Result]) -> str:
+    head = (
+        "| | seeds | density | held-out loss | Δ dense | gap closed | from noise: PSNR, SSIM "
+        "| over a clip: PSNR, SSIM | attention | ms | GiB |\n"
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n"
+    )
+    lines = []
+    for is_free in (False, True):
+        group = [r for r in rows if r["is_free"] == is_free]
+        if is_free and group:
+            lines.append("| *no training* | | | | | | | | | | |\n")
+        lines += ["| " + " | ".join(cells(same, results)) + " |\n" for same in by_row(group)]
+    return head + "".join(lines)
+
+
+def cells(same: list[Result], results: list[Result]) -> list[str]:
+    """A line of the table, of one row's seeds."""
+    first = same[0]
+    deltas = [d for r in same if (d := delta(r, results)) is not None]
+    closed = [c for r in same if (c := gap_closed(r, results)) is not None]
+    errors = first.get("attention_relative_l1", {}).values()
+    return [
+        first["words"],
+        str(len(same)),
+        f"{first['density']:.1%}",
+        f"{statistics.fmean(r['held_out_loss'] for r in same):.4f}",
+        "" if not deltas else delta_words(deltas),
+        "" if not closed else spread([100 * c for c in closed], "{:.0f} %"),
+        pair(same, "noise"),
+        pair(same, "clip"),
+        f"{statistics.fmean(errors):.3f}" if errors else "",
+        f"{statistics.fmean(r['ms'] for r in same):.0f}" if "ms" in first else "",
+        f"{max(r['peak_bytes'] for r in same) / 2**30:.1f}" if "peak_bytes" in first else "",
+    ]
+
+
+def pair(same: list[Result], kind: str) -> str:
+    if f"{kind}_psnr_db" not in same[0]:
+        return ""
+    psnr = statistics.fmean(r[f"{kind}_psnr_db"] for r in same if f"{kind}_psnr_db" in r)
+    ssim = statistics.fmean(r[f"{kind}_ssim"] for r in same if f"{kind}_ssim" in r)
+    return f"{psnr:.1f} dB, {ssim:.3f}"
+
+
+def levels_table(results: list[Result]) -> str:
+    """Δ dense by noise level, first ratio and seed."""
+    ratio = next((r["ratio"] for r in results if r["ratio"] is not None), None)
+    lines = [
+        "### By noise level\n\nΔ dense in percent of dense at that level"
+        + (f", {100 * (1 - ratio):g} % sparsity" if ratio is not None else "")
+        + ".\n\n| σ | 0–0.2 | 0.2–0.4 | 0.4–0.6 | 0.6–0.8 | 0.8–1 |\n"
+        "|---|---:|---:|---:|---:|---:|\n"
+    ]
+    for r in results:
+        dense = partner(r, results)
+        if r["seed"] == 0 and r["ratio"] in (ratio, None) and dense is not None and r is not dense:
+            fifths = [100 * (a / b - 1) for a, b in zip(by_level(r), by_level(dense), strict=True)]
+            words = r["words"] + (", no training" if r["is_free"] else "")
+            lines.append(f"| {words} | " + " | ".join(f"{x:+.1f}" for x in fifths) + " |\n")
+    return "".join(lines)
+
+
+def by_level(result: Result) -> list[float]:
+    """Mean loss in each fifth of the noise levels; NaN where there is no clip."""
+    found = []
+    for n in range(5):
+        part = [loss for sigma, loss in result["held_out"] if n <= 5 * sigma < n + 1]
+        found.append(statistics.fmean(part) if part else math.nan)
+    return found
+
+
+# What follows from results ----------------------------------------------------------------------
+
+
+def by_row(results: Iterable[Result]) -> list[list[Result]]:
+    """Results of one row and ratio together, in the order of the experiment."""
+    groups: dict[tuple[str, Any], list[Result]] = {}
+    for r in results:
+        groups.setdefault((r["row"], r["ratio"]), []).append(r)
+    return list(groups.values())
+
+
+def partner(result: Result, results: list[Result], row: str = "dense") -> Result | None:
+    """The result of ``row`` with the same seed, and the same ratio if it has one."""
+    for r in results:
+        same_ratio = r["ratio"] in (result["ratio"], None)
+        if r["row"] == row and r["seed"] == result["seed"] and same_ratio:
+            return r
+    return None
+
+
+def delta(result: Result, results: list[Result]) -> tuple[float, float] | None:
+    """Mean paired difference to dense and its standard error, in percent of dense."""
+    dense = partner(result, results)
+    if dense is None or dense is result:
+        return None
+    pairs = zip(result["held_out"], dense["held_out"], strict=True)
+    differences = [a[1] - b[1] for a, b in pairs]
+    base = statistics.fmean(loss for _, loss in dense["held_out"])
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return 100 * statistics.fmean(differences) / base, 100 * error / base
+
+
+def gap_closed(result: Result, results: list[Result]) -> float | None:
+    sparse = partner(result, results, "sparse")
+    if sparse is None or result["ratio"] is None or sparse is result or result["is_free"]:
+        return None
+    own, its = delta(result, results), delta(sparse, results)
+    return None if own is None or its is None or its[0] <= 0 else 1.0 - own[0] / its[0]
+
+
+def delta_words(deltas: Sequence[tuple[float, float]]) -> str:
+    mean, error = (statistics.fmean(part) for part in zip(*deltas, strict=True))
+    words = f"{mean:+.2f} ± {error:.2f} %"
+    if len(deltas) > 1:
+        values = [d[0] for d in deltas]
+        words += f" ({min(values):+.2f} to {max(values):+.2f})"
+    return words
+
+
+def spread(values: list[float], form: str) -> str:
+    words = form.format(statistics.fmean(values))
+    if len(values) > 1:
+        words += f" ({form.format(min(values))} to {form.format(max(values))})"
+    return words
+
+
+# Plots ------------------------------------------------------------------------------------------
+
+
+def plot(path: Path, results: list[Result]) -> None:
+    """Δ dense by kept ratio, by training step and by noise level."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    ratio = next((r["ratio"] for r in results if r["ratio"] is not None), None)
+    figure, (by_ratio, by_step, by_sigma) = pyplot.subplots(
+        1, 3, figsize=(16, 4.8), layout="constrained"
+    )
+    for name in PLOTTED:
+        rows = [r for r in results if r["row"] == name and r["seed"] == 0]
+        if not rows:
+            continue
+        words = rows[0]["words"]
+        points = sorted((r["ratio"], d[0]) for r in rows if (d := delta(r, results)) is not None)
+        color = None
+        if points:
+            (line,) = by_ratio.plot(*zip(*points, strict=True), marker="o", label=words)
+            color = line.get_color()
+        row = next((r for r in rows if r["ratio"] == ratio), None)
+        dense = None if row is None else partner(row, results)
+        if row is None or dense is None:
+            continue
+        base = dict(map(tuple, dense["held_out_curve"]))
+        curve = [(s, 100 * (x / base[s] - 1)) for s, x in row["held_out_curve"] if s in base]
+        if curve:
+            by_step.plot(*zip(*curve, strict=True), marker=".", color=color, label=words)
+        levels = [100 * (a / b - 1) for a, b in zip(by_level(row), by_level(dense), strict=True)]
+        by_sigma.plot([0.1, 0.3, 0.5, 0.7, 0.9], levels, marker=".", color=color, label=words)
+    for axes, label in (
+        (by_ratio, "kept ratio"),
+        (by_step, "training step"),
+        (by_sigma, "noise level σ"),
+    ):
+        axes.axhline(0.0, color="black", lw=0.6)
+        axes.set_xlabel(label)
+        axes.set_ylabel("held-out loss above dense, %")
+    if by_ratio.lines:
+        by_ratio.legend(fontsize=8)
+    figure.suptitle(f"{results[0]['num_tokens']} tokens")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""examples/experiment at toy size: every kind of row, in pieces, and the page that comes of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("yaml")
+
+import training
+import yaml
+
+import sparline
+
+pytestmark = pytest.mark.e2e
+
+FOLDER = Path(__file__).parents[3] / "examples" / "experiment"
+BLOCKS = {"block_q": 16, "block_k": 16}
+ROWS: list[dict[str, Any]] = [
+    {
+        "name": "dense",
+        "words": "dense",
+        "method": {"name": "original"},
+        "has_ratio": False,
+        "seeds": 2,
+        "keep": True,
+    },
+    {"name": "sparse", "words": "sparse only", "method": {"name": "sparse", **BLOCKS}, "seeds": 2},
+    {
+        "name": "sla2",
+        "words": "SLA2",
+        "method": {"name": "sla2", "num_alphas": 16, **BLOCKS},
+        "uses_router": True,
+        "set": ["parameters.alpha.learning_rate=0.1"],
+    },
+    {"name": "linear", "words": "linear", "method": {"name": "linear"}, "has_ratio": False},
+    {
+        "name": "vsa",
+        "words": "VSA",
+        "method": {"name": "vsa", "cube": [2, 4, 4]},
+        "density_by": "num_cubes",
+    },
+    {
+        "name": "vmoba",
+        "words": "VMoBA",
+        "method": {"name": "vmoba", "partition": "3d", "box_3d": [2, 4, 4], **BLOCKS},
+        "density_by": "threshold",
+    },
+    {
+        "name": "free_top_p",
+        "words": "top-p",
+        "method": {"name": "top_p", **BLOCKS},
+        "density_by": "keep_mass",
+        "is_free": True,
+    },
+    {
+        "name": "free_dynsparse",
+        "words": "DynSparse",
+        "method": {"name": "dynsparse", "decide_rows": 16, **BLOCKS},
+        "density_by": "log_threshold",
+        "is_free": True,
+    },
+]
+PIECES = [
+    "start",
+    "dense-seed0",
+    "router",
+    "sparse-0.25-seed0",
+    "sla2-0.25-seed0",
+    "linear-seed0",
+    "vsa-0.25-seed0",
+    "vmoba-0.25-seed0",
+    "free_top_p-0.25-seed0",
+    "free_dynsparse-0.25-seed0",
+    "dense-seed1",
+    "sparse-0.25-seed1",
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"experiment_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the toy's configuration, model and scenes."""
+    folder = tmp_path_factory.mktemp("experiment")
+    settings = {
+        "name": "toy",
+        "ratios": [0.25],
+        "start": {"training": {"max_train_steps": 3}},
+        "train": {
+            "model": {"path": str(training.save_model(folder / "model"))},
+            "data": {**training.SIZE, "train_batch_size": 2},
+            "optimizer": {"learning_rate": 1e-2},
+            "training": {"max_train_steps": 6, "ema_decay": 0.5},
+            "logging": {"logging_steps": 2, "validation_steps": 3, "validation_batches": 2},
+        },
+        "router": {"router": {"keep_ratios": [0.25], "steps": 3, "buffer_samples": 2}},
+        "evaluation": {
+            "held_out_clips": 6,
+            "prompts": ["one"],
+            "seeds": 1,
+            "steps": 2,
+            "guidance": 1.0,
+            "strength": 0.6,
+        },
+        "rows": ROWS,
+    }
+    training.save_scenes(folder / "scenes.npz")
+    (folder / "toy.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def run(toy: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
+    command = ["experiment", str(toy / "toy.yaml"), "--out", str(toy / "out"), "--device", "cpu"]
+    command += ["--data", str(toy / "scenes.npz")]
+    monkeypatch.setattr(sys, "argv", [*command, *options])
+    code: int = load("experiment").main()
+    return code
+
+
+def test_all_pieces_and_the_page(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # In turns: one piece whose time runs out, one by name, then the rest.
+    assert run(toy, monkeypatch, "--only", "dense-seed0") == 0
+    assert "dense-seed0 needs start" in capsys.readouterr().out
+    assert run(toy, monkeypatch, "--minutes", "0") == 0
+    assert "0 of 12 pieces are done" in capsys.readouterr().out
+    assert run(toy, monkeypatch, "--only", "start") == 0
+    start = (toy / "out" / "toy" / "start" / "result.json").read_bytes()
+    assert run(toy, monkeypatch) == 0
+    assert "12 of 12 pieces are done" in capsys.readouterr().out
+    assert (toy / "out" / "toy" / "start" / "result.json").read_bytes() == start
+
+    text = (toy / "out" / "toy" / "results.jsonl").read_text()
+    results = {r["piece"]: r for r in map(json.loads, text.splitlines())}
+    assert list(results) == [name for name in PIECES if name not in ("start", "router")]
+    for name, r in results.items():
+        assert len(r["held_out"]) == 6, name
+        assert r["held_out_loss"] == pytest.approx(statistics.fmean(x for _, x in r["held_out"]))
+        if "dense" not in name:
+            assert r["noise_psnr_db"] > 5, name
+            assert 0 <= r["clip_ssim"] <= 1, name
+            cosines = r["attention_cosine"].values()
+            assert all(0.5 < x <= 1.0001 for x in cosines), (name, cosines)
+    for name in ("sparse-0.25-seed0", "sla2-0.25-seed0", "vsa-0.25-seed0"):
+        assert results[name]["density"] == pytest.approx(0.25), name
+    for name in ("free_top_p-0.25-seed0", "vmoba-0.25-seed0"):  # found by search
+        assert results[name]["density"] == pytest.approx(0.25, abs=0.1), name
+    assert results["dense-seed0"]["density"] == 1.0
+    assert results["sparse-0.25-seed0"]["held_out"] != results["sparse-0.25-seed1"]["held_out"]
+    curve = results["sla2-0.25-seed0"]["held_out_curve"]
+    assert [step for step, _ in curve] == [3, 6]
+    folder = toy / "out" / "toy"
+    assert (folder / "dense-seed0" / "final" / "transformer").is_dir()
+    assert not (folder / "sparse-0.25-seed0" / "final").exists()  # only rows that ask for it
+    assert not list(folder.rglob("checkpoint-*"))
+    assert not list(folder.glob("*.claim"))
+
+    page = toy / "quality.md"
+    store = toy / "store"
+    command = ["render", "--page", str(page), "--store", str(store)]
+    render = load("render")
+    monkeypatch.setattr(sys, "argv", [*command, str(folder / "results.jsonl")])
+    assert render.main() == 0
+    words = page.read_text()
+    for row in ROWS:
+        assert f"| {row['words']} |" in words
+    assert "### 75 % sparsity" in words
+    assert (toy / "quality-toy.png").stat().st_size > 10_000
+    monkeypatch.setattr(sys, "argv", [*command, "--check"])
+    assert render.main() == 0
+    page.write_text(words.replace("dense", "tense", 1))
+    assert render.main() == 1
+
+
+def test_a_row_that_fails_costs_no_other(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = yaml.safe_load((toy / "toy.yaml").read_text())
+    del settings["start"]
+    wrong = {"name": "wrong", "words": "wrong", "method": {"name": "vsa", "cube": [1, 2, 2]}}
+    settings["rows"] = [ROWS[0], wrong, ROWS[1]]
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(settings))
+    command = ["experiment", str(tmp_path / "toy.yaml"), "--out", str(tmp_path), "--device", "cpu"]
+    command += ["--data", str(toy / "scenes.npz"), "--only", "seed0"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert load("experiment").main() == 1
+    told = capsys.readouterr()
+    assert "wrong-0.25-seed0 FAILED" in told.out
+    assert "got (1, 2, 2) with 4" in told.err
+    assert "2 of 5 pieces are done" in told.out
+
+
+def test_two_processes_share_the_pieces(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load("experiment")
+    monkeypatch.setattr(sys, "argv", ["experiment", str(toy / "toy.yaml"), "--out", str(tmp_path)])
+    one, two = (module.Experiment(toy / "toy.yaml", module.parse_args()) for _ in range(2))
+    one.folder.mkdir()
+    piece = one.all_pieces()[0]
+    assert [p.name for p in one.all_pieces()] == PIECES
+    assert one.claim(piece)
+    assert not two.claim(piece)
+    one.claim_file(piece).unlink()
+    assert two.claim(piece)
+    needs = {p.name: one.needs(p) for p in one.all_pieces()}
+    assert needs["start"] == []
+    assert needs["sla2-0.25-seed0"] == ["start", "router"]
+    assert needs["free_top_p-0.25-seed0"] == ["start", "dense-seed0"]
+
+
+@pytest.mark.parametrize("name", ["short", "long"])
+def test_the_committed_experiments_are_whole(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every configuration parses, every method of a row exists, and lengths are as announced."""
+    module = load("experiment")
+    monkeypatch.setattr(sys, "argv", ["experiment", f"{name}.yaml", "--out", str(tmp_path)])
+    experiment = module.Experiment(Path(f"{name}.yaml"), module.parse_args())
+    monkeypatch.setattr(experiment, "scenes", lambda: tmp_path / "scenes.npz")
+    monkeypatch.setattr(
+        experiment, "search", lambda row, *_: -1.0 if "log" in row.density_by else 0.5
+    )
+    assert experiment.grid.length == {"short": 8192, "long": 36864}[name]
+    for piece in experiment.all_pieces():
+        if piece.row is None:
+            continue
+        method = experiment.at_density(piece.row, piece.ratio)
+        if piece.kind == "train":
+            config = experiment.config(piece, method)
+            made = config.method.make()
+        else:
+            made = sparline.method(method["name"], **module.without_name(method))
+        if piece.row.density_by == "num_cubes":
+            assert isinstance(made, sparline.VSA)
+            assert made.num_cubes is not None
+            cubes = experiment.grid.length / 64
+            assert made.num_cubes / cubes == pytest.approx(piece.ratio, rel=0.25)
