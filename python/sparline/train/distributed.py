@@ -104,7 +104,9 @@ class World:
         mesh = init_device_mesh(self.device.type, (self.size,))
         for block in transformer.blocks:
             fully_shard(block, mesh=mesh)
-        fully_shard(transformer, mesh=mesh)
+        # Also the root: weights that stayed whole after a forward without a backward would be
+        # stale when averaged weights have taken their places, and when these go back.
+        fully_shard(transformer, mesh=mesh, reshard_after_forward=True)
 
     def sync_gradients(self, transformer: Any, is_last: bool) -> None:
         """Before a forward and backward: sharded gradients meet after the last of a step only."""
