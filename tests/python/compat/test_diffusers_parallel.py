@@ -5,6 +5,7 @@ gives, and gradients that add up to its."""
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,7 +91,11 @@ def test_ulysses_equals_one_process(tmp_path: Path) -> None:
         for parameter, gradient in gradients.items():
             total = sum(found[name][1][parameter] for found in ranks)
             torch.testing.assert_close(
-                total, gradient, rtol=1e-3, atol=1e-6, msg=lambda m, p=parameter: f"{name} {p}: {m}"
+                total,
+                gradient,
+                rtol=1e-3,
+                atol=1e-6,
+                msg=partial("{} {}: {}".format, name, parameter),
             )
 
 
