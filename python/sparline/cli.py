@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``sparline generate | train | inspect | doctor | explain | bench``.
+"""The command line: ``sparline generate | train | convert | inspect | doctor | explain | bench``.
 
 Wrong input ends in one line on stderr and exit code 2; a traceback is a bug.
 """
@@ -221,6 +221,36 @@ def train(
             summary = train_module.run(loaded, show, device=device)
     if is_main:
         console.print("\n".join(summary.words()), highlight=False, markup=False)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="A checkpoint or export of a run, a state file, or a public one.")
+    ],
+    target: Annotated[Path, typer.Argument(help="File or folder to write.")],
+    to: Annotated[str, typer.Option(help="diffusers or turbodiffusion.")] = "diffusers",
+    method: Annotated[
+        str | None,
+        typer.Option(help="Of a public checkpoint, which does not say: sla_main:keep_ratio=0.1"),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Transformer whose weights go along with a state file.")
+    ] = None,
+    component: Annotated[
+        str, typer.Option(help="Of Wan 2.2: transformer or transformer_2.")
+    ] = "transformer",
+) -> None:
+    """Convert trained weights between diffusers' names and TurboDiffusion's."""
+    with _one_line_errors(ImportError):
+        from sparline import generate as job_module
+        from sparline import train as train_module
+        from sparline.train import export
+    _quiet_host_libraries()
+    with _one_line_errors(train_module.TrainError, job_module.InputError, ImportError):
+        chosen = None if method is None else job_module.parse_variants(method, [])[0].method
+        words = export.convert(source, target, to, chosen, model, component)
+    console.print(words, highlight=False, markup=False)
 
 
 @app.command()

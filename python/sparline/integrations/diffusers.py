@@ -358,16 +358,33 @@ def save_state(model: Any, path: str | Path) -> None:
     """Writes the learned tensors, with the method and options that they belong to, to one
     safetensors file."""
     installed = _installed(model, "save_state")
+    tensors = {name: p.detach().contiguous().cpu() for name, p in learned_parameters(model)}
+    state = State(tensors, installed.method, installed.dense_steps, installed.dense_layers)
+    write_state(state, path)
+
+
+@dataclass(frozen=True)
+class State:
+    """What a state file holds; tensors are named ``<component>.blocks.{i}.attn1.processor.<own>``,
+    the component being ``transformer`` or ``transformer_2``."""
+
+    tensors: dict[str, Tensor]
+    method: Method
+    dense_steps: int = 0
+    dense_layers: tuple[int, ...] = ()
+
+
+def write_state(state: State, path: str | Path) -> None:
+    """Writes a state file without a model."""
     metadata = {
         "format": STATE_FORMAT,
         "sparline": sparline.__version__,
-        "method": json.dumps(installed.method.to_dict()),
-        "dense_steps": json.dumps(installed.dense_steps),
-        "dense_layers": json.dumps(installed.dense_layers),
+        "method": json.dumps(state.method.to_dict()),
+        "dense_steps": json.dumps(state.dense_steps),
+        "dense_layers": json.dumps(state.dense_layers),
     }
-    tensors = {name: p.detach().contiguous().cpu() for name, p in learned_parameters(model)}
     partial = Path(f"{path}.partial")  # a broken write leaves an older file as it was
-    save_file(tensors, str(partial), metadata=metadata)
+    save_file(state.tensors, str(partial), metadata=metadata)
     os.replace(partial, path)
 
 
@@ -378,6 +395,29 @@ def load_state(model: ModelT, path: str | Path) -> ModelT:
     Raises ValueError, and changes no tensor, if the file and the model differ in names or shapes;
     warns if the tensors were learned with another method or other blocks than the model now uses.
     """
+    path = Path(path)
+    state = read_state(path)
+    if not any(hasattr(t, "_sparline") for t in _transformers(model, "load_state").values()):
+        apply(model, state.method, dense_steps=state.dense_steps, dense_layers=state.dense_layers)
+    method = _installed(model, "load_state").method
+    targets = dict(learned_parameters(model))
+    _check_same("load_state", path, state.tensors, targets)
+    if state.method != method:
+        warnings.warn(
+            f"load_state: {path} was learned with {state.method}, the model now uses {method}. The "
+            "tensors fit, but mean another function; apply the stored method if that was not "
+            "intended.",
+            stacklevel=2,
+        )
+    with torch.no_grad():
+        for name, parameter in targets.items():
+            parameter.copy_(state.tensors[name])
+    return model
+
+
+def read_state(path: str | Path) -> State:
+    """What ``save_state`` or ``write_state`` wrote. Raises FileNotFoundError or ValueError, in one
+    sentence, for another file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
@@ -397,28 +437,12 @@ def load_state(model: ModelT, path: str | Path) -> ModelT:
             f"load_state: {path} must be a file of format {STATE_FORMAT!r}, got "
             f"{metadata.get('format')!r}. Write one with sparline.save_state(model, path)."
         )
-    stored = sparline.methods.from_dict(json.loads(metadata["method"]))
-    if not any(hasattr(t, "_sparline") for t in _transformers(model, "load_state").values()):
-        apply(
-            model,
-            stored,
-            dense_steps=json.loads(metadata["dense_steps"]),
-            dense_layers=json.loads(metadata["dense_layers"]),
-        )
-    method = _installed(model, "load_state").method
-    targets = dict(learned_parameters(model))
-    _check_same("load_state", path, tensors, targets)
-    if stored != method:
-        warnings.warn(
-            f"load_state: {path} was learned with {stored}, the model now uses {method}. The "
-            "tensors fit, but mean another function; apply the stored method if that was not "
-            "intended.",
-            stacklevel=2,
-        )
-    with torch.no_grad():
-        for name, parameter in targets.items():
-            parameter.copy_(tensors[name])
-    return model
+    return State(
+        tensors,
+        sparline.methods.from_dict(json.loads(metadata["method"])),
+        json.loads(metadata["dense_steps"]),
+        tuple(json.loads(metadata["dense_layers"])),
+    )
 
 
 def _check_same(
