@@ -20,7 +20,7 @@ SIZE = {"num_frames": 4, "height": 16, "width": 16}
 METHOD = {"name": "sla2", "keep_ratio": 0.25, "block_q": 16, "block_k": 16, "num_alphas": 16}
 
 
-def save_model(folder: Path, channels: int = 3) -> Path:
+def save_model(folder: Path, channels: int = 3, text_dim: int = 32) -> Path:
     """An untrained transformer, over pixels if ``channels`` is 3."""
     torch.manual_seed(0)
     diffusers.WanTransformer3DModel(
@@ -28,7 +28,7 @@ def save_model(folder: Path, channels: int = 3) -> Path:
         attention_head_dim=HEAD_DIM,
         in_channels=channels,
         out_channels=channels,
-        text_dim=32,
+        text_dim=text_dim,
         freq_dim=32,
         ffn_dim=32,
         num_layers=LAYERS,

@@ -89,7 +89,8 @@ def from_checkpoint(path: Path, folder: Path) -> None:
     """Writes the averaged weights of ``output_dir/checkpoint-N`` as the end of that run would."""
     config = from_dict(checkpoint.read_about(path)["config"])
     transformer = setup.load_transformer(config.model)
-    setup.add_method(transformer, config)
+    world = World(torch.device("cpu"))
+    setup.add_method(transformer, config, world.device)
     setup.add_lora(transformer, config)
     groups = setup.parameter_groups(transformer, config)
     trained = dict(setup.trained(groups))
@@ -98,7 +99,6 @@ def from_checkpoint(path: Path, folder: Path) -> None:
         for name, p in transformer.named_parameters()
         if name in trained or setup.PROCESSOR in name
     }
-    world = World(torch.device("cpu"))
     checkpoint.load(path, {"weights": kept}, world)
     if config.training.use_ema:
         average = {name: p.detach() for name, p in trained.items()}

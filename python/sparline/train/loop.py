@@ -77,7 +77,7 @@ class Trainer:
         self.teacher = None
         if config.loss.kind == "teacher_mse":
             self.teacher = copy.deepcopy(transformer).eval().requires_grad_(False)
-        setup.add_method(transformer, config)
+        setup.add_method(transformer, config, world.device)
         if config.model.alpha_from_data and config.model.state is None:
             measure_alpha(transformer, self.source, config, world)
         setup.add_lora(transformer, config)

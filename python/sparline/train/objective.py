@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import LossConfig, TrainError
+from .config import LossConfig
 from .data import Batch, Draw, Source, collate, draws, mix
 from .distributed import World
 
@@ -46,11 +46,7 @@ def add_noise(
     sigma = torch.tensor([_draw_level(loss, draw) for draw in draws])
     text = batch.text
     if caption_dropout > 0.0:
-        if null_text is None:
-            raise TrainError(
-                f"train: data.caption_dropout={caption_dropout} needs the text of the empty "
-                "prompt. Set data.null_text=FILE, or data.caption_dropout=0."
-            )
+        assert null_text is not None
         rolls = [torch.rand((), generator=_rng("cpu", draw, _DROPOUT)) for draw in draws]
         dropped = torch.stack(rolls) < caption_dropout
         dropped = dropped.to(text.device, non_blocking=True)[:, None, None]

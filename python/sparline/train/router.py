@@ -157,7 +157,7 @@ class RouterTrainer:
         self.transformer = setup.load_transformer(config.model).to(self.world.device)
         sources = setup.make_sources(config, self.transformer, self.world.device)
         self.source, self.held_out = sources[0], sources[1] or sources[0]
-        setup.add_method(self.transformer, config)
+        setup.add_method(self.transformer, config, self.world.device)
         self.transformer.eval().requires_grad_(False)
         self.layers = {
             n: cast(sparline.nn.SLA2, m) for n, m in attentions(self.transformer).items()

@@ -73,9 +73,17 @@ def load_pipeline(config: ModelConfig, transformer: Any) -> Any:
     return DemoPipeline(transformer, host.FlowMatchEulerDiscreteScheduler())
 
 
-def add_method(transformer: Any, config: Config) -> None:
-    """Puts the method of ``config`` into the model, with learned tensors if it names a file."""
+def add_method(transformer: Any, config: Config, device: torch.device) -> None:
+    """Puts the method of ``config`` into the model, with learned tensors if it names a file.
+
+    ``device`` is where it will run.
+    """
     method = config.method.make()
+    if method is not None and device.type == "cuda" and config.training.mixed_precision == "no":
+        raise TrainError(
+            "train: on a GPU attention takes 16 bits, got training.mixed_precision=no. Set it to "
+            "bf16; weights, gradients and averages stay float32."
+        )
     if method is None:
         if config.model.state is not None:
             raise TrainError(
@@ -124,6 +132,18 @@ def make_sources(
     config: Config, transformer: Any, device: torch.device
 ) -> tuple[data.Source, data.Source | None]:
     """Clips to train on and held-out ones; None where the configuration names none."""
+    train, held_out = _make_sources(config, transformer, device)
+    if config.data.caption_dropout > 0.0 and train.null_text is None:
+        raise TrainError(
+            f"train: data.caption_dropout={config.data.caption_dropout} needs the text of the "
+            "empty prompt. Set data.null_text=FILE, or data.caption_dropout=0."
+        )
+    return train, held_out
+
+
+def _make_sources(
+    config: Config, transformer: Any, device: torch.device
+) -> tuple[data.Source, data.Source | None]:
     settings = config.data
     if settings.source == "demo":
         return _demo_sources(settings, transformer, device)

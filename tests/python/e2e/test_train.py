@@ -226,6 +226,13 @@ def test_what_cannot_be_trained(tmp_path: Path) -> None:
         Trainer(training.make_config(tmp_path / "b", parameters=frozen))
 
 
+def test_a_gpu_takes_16_bits(tmp_path: Path) -> None:
+    config = training.make_config(tmp_path / "run")
+    model = setup.load_transformer(config.model)
+    with pytest.raises(train.TrainError, match=r"takes 16 bits, got training\.mixed_precision=no"):
+        setup.add_method(model, config, torch.device("cuda"))
+
+
 @pytest.mark.parametrize("freeze", ["model", "alpha"])
 def test_a_frozen_kind_stays_as_it_is(freeze: str, tmp_path: Path) -> None:
     config = training.make_config(tmp_path / "run", parameters={freeze: {"frozen": True}})
