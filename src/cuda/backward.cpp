@@ -3,7 +3,7 @@
 // The stages of the backward (docs/math.md, "Backward"):
 //   block tables and the mean key, as in the forward; lse in log2 units and delta of every row
 //   wave by wave, the linear branch: its parts of d_q, d_k, d_v and of the soft map's gradient;
-//     delta becomes rowsum(dO_s o_s)
+//     the rows' statistics become those of o_s
 //   the mean over keys of its d_k, if keys are smoothed
 //   the sparse branch, added to what is there
 #include "cuda/device.h"
@@ -38,7 +38,6 @@ struct BackwardSpace {
                                static_cast<int64_t>(frame.keys.num_blocks);
     stats.lse_log2 = arena.take<float>(num_rows(p));
     stats.delta = arena.take<float>(num_rows(p));
-    if (p.combine == Combine::kBlend) stats.share = arena.take<float>(num_rows(p));
     k_mean = arena.take<float>(mean_floats);
     d_k_sums = arena.take<float>(is_linear ? sum_floats : 0);
     d_k_mean = arena.take<float>(is_linear ? mean_floats : 0);

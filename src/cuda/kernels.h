@@ -95,12 +95,14 @@ int64_t code_bytes(const Frame& frame, int64_t pairs);
 void quantise_keys_values(const SparseForward& params, int8_t* k_codes, float* k_steps,
                           uint8_t* v_codes, float* v_steps, float* v_peaks, void* stream);
 
-/// What the backward knows of each query row, by position: (B, H, N_q) each.
+/// What the sparse backward knows of each query row, by position: (B, H, N_q) each. Where the
+/// branches are blended, dO_s = share dO, and both numbers stand for that:
+///   share P = exp2(S_log2 - lse_log2)   and   dS = (share P) (dO v^T - delta)
 struct RowStats {
   float* lse_log2 = nullptr;  // lse of scores scale q k^T log2(e) of the keys as stored (not
-                              // smoothed), base 2; +inf for a row without critical keys
-  float* delta = nullptr;     // what dP loses: rowsum(dO_s o_s)
-  float* share = nullptr;     // dO_s = share dO; null: 1
+                              // smoothed), base 2, less log2(share); +inf for a row without
+                              // critical keys or whose share is 0
+  float* delta = nullptr;     // what dP loses: rowsum(dO o_s)
 };
 struct SparseBackward {
   Frame frame;
@@ -121,7 +123,7 @@ struct SparseBackward {
   float* d_block_map = nullptr;  // (B, H, T_m, T_n) float32, soft map: what it holds is added to;
                                  // cleared by the caller
 };
-/// lse_log2, delta = rowsum(dO o) and share = 1 of every row. sm80/sparse_bwd.cu
+/// lse_log2 and delta = rowsum(dO o) of every row, as for a share of 1. sm80/sparse_bwd.cu
 void row_stats(const SparseBackward& params, void* stream);
 /// d_q by rows, then d_k and d_v by columns: no atomics. With smoothed keys d_q is that of the
 /// smoothed keys.
@@ -162,9 +164,9 @@ void linear_forward(const LinearParams& params, const Rows& o, std::byte* worksp
 struct LinearBackward {
   LinearParams forward;
   Rows d_o;
-  RowStats stats;  // delta: in rowsum(dO o), out rowsum(dO_s o_s); share: out, for kBlend. Rows of
-                   // protected query blocks are left alone
-  Rows d_q, d_k, d_v;         // out, T: the linear branch's part, zeros where it has none
+  RowStats stats;      // in: of o, as from row_stats; out: of o_s and its share. Rows of protected
+                       // query blocks are left alone
+  Rows d_q, d_k, d_v;  // out, T: the linear branch's part, zeros where it has none
   float* d_k_sums = nullptr;  // out, if k_mean: (B, H_kv, T_n, D), sums of d_k over blocks
   float* d_block_map =
       nullptr;  // out, if is_soft: (B, H, T_m, T_n) of the wave's heads, the linear part

@@ -62,5 +62,6 @@ inline void fill_zero(void* data, int64_t bytes, void* stream) {
 
 }  // namespace sparline::cuda
 
-/// The block's dynamic shared memory, aligned to 128 bytes.
-#define SPARLINE_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+/// The block's dynamic shared memory, aligned to 512 bytes: a row of 256 elements, so that the
+/// chunks of a swizzled row have addresses that differ by an exclusive or (tile.cuh).
+#define SPARLINE_DYNAMIC_SHARED(name) extern __shared__ __align__(512) unsigned char name[]

@@ -30,8 +30,10 @@ __device__ __forceinline__ void begin_kernel() {
 #endif
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void* shared) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+/// A place in shared memory, as PTX names it: half the registers of a pointer.
+using SharedAddress = uint32_t;
+__device__ __forceinline__ SharedAddress shared_address(const void* shared) {
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(shared));
 }
 
 /// 16 bytes from global to shared memory, or 16 zero bytes where not `is_valid` (then `global` is
@@ -40,6 +42,13 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(global), "r"(is_valid ? 16 : 0)
                : "memory");
+}
+__device__ __forceinline__ void cp_async_16(SharedAddress shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+/// The same with 4 bytes, aligned to 4.
+__device__ __forceinline__ void cp_async_4(SharedAddress shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -53,17 +62,23 @@ __device__ __forceinline__ void cp_async_wait() {
 /// Four 8x8 matrices of 16-bit elements: lane 8 n + r gives the address of row r of matrix n (16
 /// bytes, aligned), register n holds matrix n. Lane 4 g + t gets elements 2t, 2t+1 of row g; with
 /// _trans, of column g.
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row) {
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(shared_row))
+               : "r"(row)
                : "memory");
 }
-__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row) {
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(shared_row))
+               : "r"(row)
                : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  ldmatrix_x4(r, shared_address(row));
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  ldmatrix_x4_trans(r, shared_address(row));
 }
 
 /// d (16x8, float32) += a (16x16) b (16x8), elements of type T, bf16 or fp16.

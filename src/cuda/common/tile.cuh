@@ -12,6 +12,8 @@ constexpr int kWarpSize = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
+/// Stands for a scale of 0, so that a score of -inf stays one.
+constexpr float kLeastScale = 1e-30f;
 
 // Unsigned division first: the compiler does not know that threadIdx.x is small, and what is
 // divided by powers of two further on should be known not to be negative.
@@ -38,6 +40,16 @@ struct SharedTile {
   __device__ __forceinline__ T* at(int row, int col) const { return chunk(row, col / 8) + col % 8; }
 };
 
+/// Where the chunk kStep rows `steps` times below the one at `chunk` is, in tiles of kCols columns:
+/// kStep a power of two, `chunk` in the first kStep rows of a tile that begins at a multiple of its
+/// rows' bytes. See SharedTile.
+template <int kStep, int kCols>
+__device__ __forceinline__ SharedAddress chunk_below(SharedAddress chunk, int steps) {
+  static_assert((kStep & (kStep - 1)) == 0);
+  return (chunk ^ static_cast<uint32_t>(steps * kStep % 8 * 16)) +
+         static_cast<uint32_t>(steps * kStep * kCols * 2);
+}
+
 /// Starts copying positions [first, first + num_rows) of a head into rows 0.. of the tile, and
 /// zeros into the rest of the tile: rows from num_rows, columns from head_dim. All kThreads threads
 /// call it; cp_async_commit is the caller's. Rows that are not vectorised are copied on the spot.
@@ -56,6 +68,14 @@ __device__ __forceinline__ void load_rows_async(const SharedTile<T, kRows, kCols
   if (rows.is_vectorised && rows.order == nullptr) {
     source += (first + r_first) * rows.stride_n;
     const int64_t step = kStep * rows.stride_n;
+    if (num_rows >= kRows && head_dim == kCols) {
+      const SharedAddress to = shared_address(tile.chunk(r_first, c));
+#pragma unroll
+      for (int n = 0; n < kRows / kStep; ++n, source += step) {
+        cp_async_16(chunk_below<kStep, kCols>(to, n), source);
+      }
+      return;
+    }
 #pragma unroll 4
     for (int r = r_first; r < kRows; r += kStep, source += step) {
       const bool is_valid = r < num_rows && is_column;

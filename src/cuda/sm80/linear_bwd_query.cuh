@@ -88,7 +88,6 @@ class LinearQueryBlock {
     for (int64_t idx = thread; idx < args_.width; idx += kThreads) d_state_[idx] = bf16(0.0f);
     if (!is_blend()) return;
     for (int32_t r = thread; r < block_.rows; r += kThreads) {
-      p_.stats.share[statistics() + block_.begin + r] = 1.0f;
       *p_.d_alpha_logit.at(at_.b, at_.h, block_.begin + r) = 0.0f;
     }
   }
@@ -252,13 +251,20 @@ class LinearQueryBlock {
       const float dot_bias = has_projection() ? e_[row] : 0.0f;
       e_[row] = e[half];
       if (!is_row) continue;
+      // In: rowsum(dO o), o = sparse_share o_s + linear_share o_l (+ bias). See RowStats.
       float* const delta = p_.stats.delta + statistics() + position;
-      if (is_blend()) {
-        p_.stats.share[statistics() + position] = sparse_share;
-        *p_.d_alpha_logit.at(at_.b, at_.h, position) =
-            linear_share == 0.0f ? 0.0f : linear_share * (*delta - e[half]);
+      const float sparse_dot = *delta - dot_bias - linear_share * e[half];
+      if (!is_blend()) {
+        *delta = sparse_dot;
+        continue;
       }
-      *delta -= dot_bias + linear_share * e[half];
+      *p_.d_alpha_logit.at(at_.b, at_.h, position) =
+          linear_share == 0.0f ? 0.0f : linear_share * (*delta - e[half]);
+      constexpr float kSmallestShare = 1e-20f;  // up to which it counts as 0: delta stays finite
+      const bool has_share = sparse_share > kSmallestShare;
+      *delta = has_share ? sparse_dot / sparse_share : 0.0f;
+      float* const lse_log2 = p_.stats.lse_log2 + statistics() + position;
+      *lse_log2 = has_share ? *lse_log2 - log2f(sparse_share) : __builtin_huge_valf();
     }
   }
 

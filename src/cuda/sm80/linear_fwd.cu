@@ -172,7 +172,16 @@ __global__ __launch_bounds__(Shape<kHeadDim, kWarps>::kThreads,
     cp_async_commit();
   };
 
-  // Prologue: q, H, o_s; Z (slices x kHeadDim).
+  // Prologue: q, H, o_s; Z (slices x kHeadDim), through registers while q is on its way.
+  constexpr int kZ = (kSlices * kHeadDim + kThreads - 1) / kThreads;  // of a thread
+  bf16 own_z[kZ];
+#pragma unroll
+  for (int n = 0; n < kZ; ++n) {
+    const int idx = static_cast<int>(threadIdx.x) + n * kThreads;
+    const int slice = idx / kHeadDim, f = idx % kHeadDim;
+    const bool is_real = slice < kSlices && f < head_dim;
+    own_z[n] = is_real ? sum[(kSlices * head_dim + slice) * head_dim + f] : bf16(0.0f);
+  }
   load_tile_async<kWarpSize>(x_tile, job.x, x_head, warp_position, warp_rows, head_dim);
   cp_async_commit();
   load_h(0, 0);
@@ -180,16 +189,17 @@ __global__ __launch_bounds__(Shape<kHeadDim, kWarps>::kThreads,
     load_tile_async<kWarpSize>(o_tile, job.o, o_head, warp_position, warp_rows, head_dim);
   }
   cp_async_commit();
-  for (int n = static_cast<int>(threadIdx.x); n < kSlices * kHeadDim; n += kThreads) {
-    const int slice = n / kHeadDim, f = n % kHeadDim;
-    z[n] = f < head_dim ? sum[(kSlices * head_dim + slice) * head_dim + f] : bf16(0.0f);
-  }
   bool is_empty = is_shared && block.other_begin >= block.other_end;
   if (!is_shared && p.combine == Combine::kBlend) {
     const int64_t row = int64_t{head} * num_weight_planes(p.is_soft) * p.frame.queries.num_blocks;
     is_empty = !has_members(job.weights + (row + i) * job.weights_width, job.weights_width);
   }
   cp_async_wait<2>();
+#pragma unroll
+  for (int n = 0; n < kZ; ++n) {
+    const int idx = static_cast<int>(threadIdx.x) + n * kThreads;
+    if (idx < kSlices * kHeadDim) z[idx] = own_z[n];
+  }
   __syncwarp();
 
   // phi(q) H and phi(q) Z; Z is the first column of one more B fragment.

@@ -112,7 +112,6 @@ __global__ void __launch_bounds__(kStatsThreads) row_stats_kernel(const SparseBa
       const float lse = *p.lse.at(b, h, n);
       p.stats.lse_log2[at] = lse == -kInfinity ? kInfinity : fmaf(p.scale, shift[u], lse) * kLog2E;
       p.stats.delta[at] = delta[u];
-      if (p.stats.share != nullptr) p.stats.share[at] = 1.0f;
     }
   }
 }

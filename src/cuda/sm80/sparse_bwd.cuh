@@ -5,10 +5,11 @@
 //   rows:     dQ = scale dS K                     one query block over its key blocks
 //   columns:  dV = P^T dO_s,  dK = scale dS^T Q   one key block over its query blocks
 // Both keep the sums of one block in registers and walk the other axis in steps of a few rows. All
-// that differs from row to row is folded into two numbers of a query row, see effective_lse().
+// that differs from row to row is folded into two numbers of a query row, see RowStats.
 //
-// A warp can issue five other instructions under each mma, but stalls on a branch or on what it has
-// just fetched, so steps are prepared ahead, little by little, and without branches.
+// What limits both on large chips is how many instructions are issued beside the mma: a step is
+// found once for all of its block, rows and statistics are copied without passing through
+// registers, and addresses in shared memory are 32 bits, one exclusive or for each fragment.
 #pragma once
 
 #include "cuda/common/tile.cuh"
@@ -29,15 +30,18 @@ constexpr float kInfinity = __builtin_huge_valf();
 // Which steps take part
 // ------------------------------------------------------------------------------
 
-/// Up to kStepRows rows of a block of the other axis: num_rows from position `first`.
+/// Blocks on their way: what is known of their rows lies in rings in shared memory, in the places
+/// [128 slot, 128 slot + 128) of an array. While step n is found, step n - 3 may still be in use,
+/// so that four blocks are, if each has one step.
+constexpr int kRing = 4, kMaxRows = 128, kRingRows = kRing * kMaxRows;
+
+/// Up to kStepRows rows of a block of the other axis: num_rows from position `first`, whose numbers
+/// are at `place`, a multiple of 16, in the rings.
 struct Step {
   int32_t first = 0;
   int num_rows = 0;  // 0: none left
-  int entry = 0;     // index into the list's arrays
+  int place = 0;
 };
-
-/// Blocks are cut into at most this many steps: 128 rows by 16.
-constexpr int kMaxSteps = 8;
 
 /// All steps of a block of `rows` rows, one bit each.
 template <int kStepRows>
@@ -45,108 +49,125 @@ __device__ __forceinline__ uint32_t all_steps(int rows) {
   return (1u << ((rows + kStepRows - 1) / kStepRows)) - 1;
 }
 
-/// The steps of a CTA, listed in shared memory for as many blocks at a time as fit: no lists in
-/// global memory, no limit on the number of blocks. Every thread holds the same values.
-template <int kThreads, int kStepRows, int kEntries>
+/// The steps of a CTA, from a list of the blocks that have any, in shared memory, of as many blocks
+/// as fit at a time: no lists in global memory, no limit on the number of blocks. Every thread
+/// holds the same values.
+template <int kThreads, int kStepRows, int kRounds>
 class StepList {
  public:
-  static constexpr int kRounds = 4;  // blocks each thread looks at
+  static constexpr int kMaxSteps = kMaxRows / kStepRows;  // of a block
+  static constexpr int kEntries = kRounds * kThreads;     // at most: each thread looks at kRounds
   static constexpr int kWarps = kThreads / kWarpSize;
-  static constexpr int kBytes = kEntries * 4 + kRounds * kWarps * 4;
+  static constexpr int kBytes = kEntries * 2 + kRounds * kWarps * 4;
+  static_assert(kEntries << kMaxSteps <= 1 << 16, "an entry has 16 bits");
 
   /// Blocks [begin, end) of `num_heads` heads, one head after another.
   __device__ __forceinline__ StepList(unsigned char* shared, const Axis& axis, int32_t begin,
                                       int32_t end, int32_t num_heads)
-      : entries_(reinterpret_cast<uint32_t*>(shared)),
-        totals_(reinterpret_cast<int32_t*>(shared + kEntries * 4)),
+      : entries_(reinterpret_cast<uint16_t*>(shared)),
+        totals_(reinterpret_cast<int32_t*>(shared + kEntries * 2)),
         axis_(axis),
         begin_(begin),
         end_(end),
         unlisted_(begin),
         num_heads_(num_heads) {}
 
-  /// The next step. `live(head, block, info)` tells which steps of a block take part, one bit each,
-  /// and `keep(entry, block, head)` is called for each that does. All threads call it together.
-  template <class Live, class Keep>
-  __device__ __forceinline__ Step next(const Live& live, const Keep& keep) {
-    while (at_ == count_) {
-      if (unlisted_ >= end_) {
-        if (head_ + 1 >= num_heads_ || begin_ >= end_) return {};
-        ++head_;
-        unlisted_ = begin_;
+  /// The next step. `live(head, block, info)` tells which steps of a block take part, one bit each.
+  /// `open(slot, head, block, info)` is called by all threads where a block's first step is given.
+  /// All threads call it together.
+  template <class Live, class Open>
+  __device__ __forceinline__ Step next(const Live& live, const Open& open) {
+    if (steps_ == 0) {
+      while (at_ == count_) {
+        if (unlisted_ >= end_) {
+          if (head_ + 1 >= num_heads_ || begin_ >= end_) return {};
+          ++head_;
+          unlisted_ = begin_;
+        }
+        list(live);
       }
-      list(live, keep);
+      const uint32_t entry = entries_[at_++];
+      const int32_t block = first_block_ + static_cast<int32_t>(entry >> kMaxSteps);
+      const BlockInfo info = axis_.block(block);
+      steps_ = entry % (1u << kMaxSteps);
+      block_begin_ = info.begin;
+      block_rows_ = info.rows;
+      slot_ = (slot_ + 1) % kRing;
+      open(slot_, head_, block, info);
     }
-    const uint32_t entry = entries_[at_];
-    return {first_ + static_cast<int32_t>(entry / 64), static_cast<int>(entry % 64), at_++};
+    const int row = (__ffs(static_cast<int>(steps_)) - 1) * kStepRows;
+    steps_ &= steps_ - 1;
+    const int rest = block_rows_ - row;
+    return {block_begin_ + row, rest < kStepRows ? rest : kStepRows, slot_ * kMaxRows + row};
   }
   /// Of the step that next() gave last.
   __device__ __forceinline__ int32_t head() const { return head_; }
 
  private:
-  template <class Live, class Keep>
-  __device__ __forceinline__ void list(const Live& live, const Keep& keep) {
+  template <class Live>
+  __device__ __forceinline__ void list(const Live& live) {
     const int lane = lane_index(), warp = warp_index(), thread = static_cast<int>(threadIdx.x);
-    // Blocks of a round: entries for one round always suffice.
-    const int max_steps = (axis_.block_rows + kStepRows - 1) / kStepRows;
-    const int round_blocks = kEntries / max_steps < kThreads ? kEntries / max_steps : kThreads;
     uint32_t mask[kRounds];
-    int before[kRounds];  // steps of the lanes up to this one
+    int before[kRounds];  // blocks with steps of the lanes below
     __syncthreads();      // the old list has been read
+    first_block_ = unlisted_;
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
-      const int32_t block = unlisted_ + round * round_blocks + thread;
-      mask[round] = thread < round_blocks && block < end_ ? live(head_, block, axis_.block(block))
-                                                          : uint32_t{0};
+      const int32_t block = first_block_ + round * kThreads + thread;
+      mask[round] = block < end_ ? live(head_, block, axis_.block(block)) : uint32_t{0};
     }
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
-      before[round] = __popc(mask[round]);
-#pragma unroll
-      for (int step = 1; step < kWarpSize; step *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, before[round], step);
-        if (lane >= step) before[round] += other;
-      }
-      if (lane == kWarpSize - 1) totals_[round * kWarps + warp] = before[round];
-      before[round] -= __popc(mask[round]);
+      const uint32_t with_steps = __ballot_sync(kAllLanes, mask[round] != 0);
+      before[round] = __popc(with_steps & ((1u << lane) - 1));
+      if (lane == 0) totals_[round * kWarps + warp] = __popc(with_steps);
     }
     __syncthreads();
-    first_ = axis_.block(unlisted_).begin;
     at_ = count_ = 0;
-    const int32_t begin = unlisted_;
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
-      int at = before[round], total = 0;
+      int at = count_ + before[round];
+#pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        if (w < warp) at += totals_[round * kWarps + w];
-        total += totals_[round * kWarps + w];
+        const int total = totals_[round * kWarps + w];
+        if (w < warp) at += total;
+        count_ += total;
       }
-      if (round > 0 && (unlisted_ != begin + round * round_blocks || count_ + total > kEntries)) {
-        continue;  // looked at again for the next list
-      }
-      const int32_t block = begin + round * round_blocks + thread;
-      if (mask[round] != 0) {
-        const BlockInfo info = axis_.block(block);
-        for (uint32_t rest = mask[round]; rest != 0; rest &= rest - 1, ++at) {
-          const int row = (__ffs(static_cast<int>(rest)) - 1) * kStepRows;
-          const int num_rows = info.rows - row < kStepRows ? info.rows - row : kStepRows;
-          entries_[count_ + at] =
-              static_cast<uint32_t>((info.begin + row - first_) * 64 + num_rows);
-          keep(count_ + at, block);
-        }
-      }
-      count_ += total;
-      unlisted_ += round_blocks;
+      if (mask[round] == 0) continue;
+      const int offset = round * kThreads + thread;
+      entries_[at] =
+          static_cast<uint16_t>(static_cast<uint32_t>(offset) << kMaxSteps | mask[round]);
     }
+    unlisted_ += kEntries;
     __syncthreads();
   }
 
-  uint32_t* entries_;  // (kEntries): 64 (first position less first_) + rows
+  uint16_t* entries_;  // (kEntries): a block less first_block_, and its steps, a bit each
   int32_t* totals_;
   const Axis& axis_;
   int32_t begin_, end_, unlisted_, num_heads_;
-  int32_t head_ = 0, first_ = 0;
+  int32_t head_ = 0, first_block_ = 0;
   int at_ = 0, count_ = 0;
+  uint32_t steps_ = 0;  // that are left of the block at hand
+  int32_t block_begin_ = 0, block_rows_ = 0;
+  int slot_ = 0;
+};
+
+/// The steps `turn` (n = 0), `turn - 1`, `turn - 2`, `turn - 3` of a main loop, a byte each of
+/// their rows and of their places.
+struct StepsAhead {
+  uint32_t rows = 0, places = 0;
+
+  __device__ __forceinline__ void push(const Step& step) {
+    rows = rows << 8 | static_cast<uint32_t>(step.num_rows);
+    places = places << 8 | static_cast<uint32_t>(step.place / 16);
+  }
+  __device__ __forceinline__ int num_rows(int n) const {
+    return static_cast<int>(rows >> (8 * n) & 0xffu);
+  }
+  __device__ __forceinline__ int place(int n) const {
+    return static_cast<int>(places >> (8 * n) & 0xffu) * 16;
+  }
 };
 
 /// Whether a block other than the one at hand is protected.
@@ -173,39 +194,36 @@ __device__ __forceinline__ uint32_t visible_groups(const TileBits& bits, int64_t
   return visible;
 }
 
-// Rows' statistics
-// -----------------------------------------------------------------------------------
-
-/// dO_s = share dO, so with dP = dO V^T the products need
-///   share P = m exp2(S_log2 - lse_log2) share    and    dS = share P (dP - delta / share),
-/// which is the plain formula with other statistics: m (and a bit, 0 or 1) and the share lower the
-/// lse, the share divides delta. lse = +inf makes P zero.
+/// The lse with which P becomes factor P; 0 or less: none of it.
 __device__ __forceinline__ float effective_lse(float lse_log2, float factor) {
   return factor > 0.0f ? lse_log2 - log2f(factor) : kInfinity;
 }
-/// Up to this a share counts as 0, so that delta / share stays finite.
-constexpr float kSmallestShare = 1e-20f;
 
 // Steps on their way
 // --------------------------------------------------------------------------------- Steps are known
-// two ahead: while step n is computed, the rows of step n + 1 are copied, and what step n + 2 will
-// need is fetched and left in rings of kRing in shared memory. Rows past the end of a step repeat
-// its last row: their P is zero.
-
-constexpr int kRing = 4;
+// two ahead: while step n is computed, the rows of step n + 1 are copied, and the numbers of the
+// rows of step n + 2. Rows past the end of a step repeat its last row: their P is zero.
 
 /// A thread's part of a step's copies: 16 bytes of each of kCopies rows, in a column of its own.
 template <int kThreads, class T, int kStepRows, int kCols>
 struct StepCopy {
-  using Tile = SharedTile<T, kStepRows, kCols>;
-  static constexpr int kRowsAtOnce = kThreads / Tile::kChunks;
+  static constexpr int kChunks = kCols / 8;
+  static constexpr int kRowsAtOnce = kThreads / kChunks;
   static constexpr int kCopies = kStepRows / kRowsAtOnce;
 
   static __device__ __forceinline__ int row(int piece) {
-    return static_cast<int>(threadIdx.x) / Tile::kChunks + piece * kRowsAtOnce;
+    return static_cast<int>(threadIdx.x) / kChunks + piece * kRowsAtOnce;
   }
   static __device__ __forceinline__ int col() {
-    return static_cast<int>(threadIdx.x) % Tile::kChunks * 8;
+    return static_cast<int>(threadIdx.x) % kChunks * 8;
+  }
+  /// Bytes from the start of a tile (SharedTile) to this thread's part of its first row.
+  static __device__ __forceinline__ uint32_t first_bytes() {
+    return static_cast<uint32_t>(row(0) * kCols * 2 + ((col() / 8) ^ (row(0) & 7)) * 16);
+  }
+  /// Where a piece goes; `first`: where the first one does.
+  static __device__ __forceinline__ SharedAddress target(SharedAddress first, int piece) {
+    return chunk_below<kRowsAtOnce, kCols>(first, piece);
   }
 };
 
@@ -238,33 +256,38 @@ __device__ __forceinline__ void spread(int step, const Body& body) {
 // -------------------------------------------------------------------------------------------
 // `between(step)` is called once for each step of the unrolled loop: what can be done meanwhile.
 
-/// Where a lane reads fragments. Tiles of kCols columns begin multiples of kCols behind a common
-/// origin; the lane's part of the fragment at (row, col), multiples of 16, of a tile that begins at
-/// `tile` is origin + row kCols + ((tile + pattern) ^ col): one operation for each column, none for
-/// rows. See SharedTile.
+/// Where a lane reads fragments, in bytes. Tiles begin at multiples of their rows' bytes; the
+/// lane's part of the fragment at (row, col), multiples of 16, of a tile that begins at `tile` is
+/// ((tile + pattern) ^ 2 col) + 2 row kCols: one operation for each column, none for rows. See
+/// SharedTile.
 template <int kCols>
 struct LanePattern {
-  int a;  // A; B from X with k along its rows (_trans)
-  int b;  // B from X^T
+  uint32_t a;  // A; B from X with k along its rows (_trans)
+  uint32_t b;  // B from X^T
 
   __device__ __forceinline__ explicit LanePattern(int lane)
-      : a(lane % 16 * kCols + ((lane / 16) ^ (lane % 8)) * 8),
-        b((lane % 8 + lane / 16 * 8) * kCols + ((lane / 8 % 2) ^ (lane % 8)) * 8) {}
+      : a(static_cast<uint32_t>(lane % 16 * kCols * 2 + ((lane / 16) ^ (lane % 8)) * 16)),
+        b(static_cast<uint32_t>((lane % 8 + lane / 16 * 8) * kCols * 2 +
+                                ((lane / 8 % 2) ^ (lane % 8)) * 16)) {}
 };
 
-/// x (16 kM x 8 kN) += A B^T over kCols in steps of 16. Lanes read A at `a` behind tile_a and B at
-/// `b` behind tile_b, see LanePattern.
+/// x (16 kM x 8 kN) += A B^T over kCols in steps of 16. `a` and `b`: where the lane reads them, see
+/// LanePattern.
 template <class T, int kCols, int kM, int kN, class Between>
-__device__ __forceinline__ void multiply_rows(float (&x)[kM][kN][4], const T* tile_a, int a,
-                                              const T* tile_b, int b, const Between& between) {
+__device__ __forceinline__ void multiply_rows(float (&x)[kM][kN][4], SharedAddress a,
+                                              SharedAddress b, const Between& between) {
 #pragma unroll
   for (int col = 0; col < kCols; col += 16) {
     uint32_t fragment_a[kM][4], fragment_b[kN / 2][4];  // (16 kM, 16), (8 kN, 16)
+    const SharedAddress a_col = a ^ static_cast<uint32_t>(2 * col);
+    const SharedAddress b_col = b ^ static_cast<uint32_t>(2 * col);
 #pragma unroll
-    for (int m = 0; m < kM; ++m) ldmatrix_x4(fragment_a[m], tile_a + (a ^ col) + 16 * m * kCols);
+    for (int m = 0; m < kM; ++m) {
+      ldmatrix_x4(fragment_a[m], a_col + static_cast<uint32_t>(32 * m * kCols));
+    }
 #pragma unroll
     for (int n = 0; n < kN / 2; ++n) {
-      ldmatrix_x4(fragment_b[n], tile_b + (b ^ col) + 16 * n * kCols);
+      ldmatrix_x4(fragment_b[n], b_col + static_cast<uint32_t>(32 * n * kCols));
     }
     between(col / 16);
 #pragma unroll
@@ -278,18 +301,19 @@ __device__ __forceinline__ void multiply_rows(float (&x)[kM][kN][4], const T* ti
   }
 }
 
-/// x (16 kM x 8 kN) += A B: A (16 kM x 16 kK) in registers, lanes read B (16 kK x 8 kN) at `b`
-/// behind tile_b. Steps of 16 columns, kN / 2 for each k.
+/// x (16 kM x 8 kN) += A B: A (16 kM x 16 kK) in registers, lanes read B (16 kK x 8 kN) at `b`.
+/// Steps of 16 columns, kN / 2 for each k.
 template <class T, int kM, int kK, int kN, class Between>
 __device__ __forceinline__ void multiply_fragments(float (&x)[kM][kN][4],
-                                                   const uint32_t (&a)[kM][kK][4], const T* tile_b,
-                                                   int b, const Between& between) {
+                                                   const uint32_t (&a)[kM][kK][4], SharedAddress b,
+                                                   const Between& between) {
 #pragma unroll
   for (int k = 0; k < kK; ++k) {
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
       uint32_t fragment_b[4];  // (16, 16)
-      ldmatrix_x4_trans(fragment_b, tile_b + (b ^ (8 * n)) + 16 * k * 8 * kN);
+      ldmatrix_x4_trans(
+          fragment_b, (b ^ static_cast<uint32_t>(16 * n)) + static_cast<uint32_t>(32 * k * 8 * kN));
       between(k * (kN / 2) + n / 2);
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
@@ -363,27 +387,39 @@ __device__ __forceinline__ void store_rows(const FloatTile<kCols>& tile, const R
                                            int32_t num_rows, int32_t head_dim) {
   const int thread = static_cast<int>(threadIdx.x) % kThreads;
   if (rows.is_vectorised) {
-    constexpr int kChunks = kCols / 8;
-    for (int idx = thread; idx < num_rows * kChunks; idx += kThreads) {
-      const int r = idx / kChunks, col = idx % kChunks * 8;
-      if (col >= head_dim) continue;
-      uint4* const to = reinterpret_cast<uint4*>(head + rows.offset(first + r) + col);
-      const uint4 held = output.adds ? *to : make_uint4(0, 0, 0, 0);
-      const uint32_t pair[4] = {held.x, held.y, held.z, held.w};
-      const float* const x = tile.data + r * FloatTile<kCols>::kStride + col;
-      const float weight = output.weight == nullptr ? 1.0f : output.weight[r];
-      uint32_t out[4];
+    constexpr int kChunks = kCols / 8, kRowsAtOnce = kThreads / kChunks;
+    constexpr int kUnroll = 4;  // vectors in flight
+    const int col = thread % kChunks * 8;
+    if (col >= head_dim) return;
+    for (int r0 = thread / kChunks; r0 < num_rows; r0 += kUnroll * kRowsAtOnce) {
+      uint4* to[kUnroll];
+      uint4 held[kUnroll];
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        float2 sum = output.adds ? unpack<T>(pair[n]) : make_float2(0.0f, 0.0f);
-        if (output.off != nullptr) {
-          sum.x -= weight * output.off[col + 2 * n];
-          sum.y -= weight * output.off[col + 2 * n + 1];
-        }
-        out[n] =
-            pack<T>(fmaf(output.scale, x[2 * n], sum.x), fmaf(output.scale, x[2 * n + 1], sum.y));
+      for (int u = 0; u < kUnroll; ++u) {
+        const int r = r0 + u * kRowsAtOnce;
+        to[u] = reinterpret_cast<uint4*>(head + rows.offset(first + (r < num_rows ? r : r0)) + col);
+        held[u] = output.adds ? *to[u] : make_uint4(0, 0, 0, 0);
       }
-      *to = make_uint4(out[0], out[1], out[2], out[3]);
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int r = r0 + u * kRowsAtOnce;
+        if (r >= num_rows) break;
+        const uint32_t pair[4] = {held[u].x, held[u].y, held[u].z, held[u].w};
+        const float* const x = tile.data + r * FloatTile<kCols>::kStride + col;
+        const float weight = output.weight == nullptr ? 1.0f : output.weight[r];
+        uint32_t out[4];
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          float2 sum = unpack<T>(pair[n]);
+          if (output.off != nullptr) {
+            sum.x -= weight * output.off[col + 2 * n];
+            sum.y -= weight * output.off[col + 2 * n + 1];
+          }
+          out[n] =
+              pack<T>(fmaf(output.scale, x[2 * n], sum.x), fmaf(output.scale, x[2 * n + 1], sum.y));
+        }
+        *to[u] = make_uint4(out[0], out[1], out[2], out[3]);
+      }
     }
     return;
   }

@@ -26,46 +26,56 @@ enum class RowExtra {
   kPolicy,  // a soft map or tile bits, and smoothed keys
 };
 
-template <int kHeadDimT, int kWarpsT, int kMT, int kStepRowsT, int kMinCtasT>
+template <int kHeadDimT, int kWarpsT, int kMT, int kStepRowsT, int kMinCtasT, int kMinExtraCtasT>
 struct RowsShape {
   static constexpr int kHeadDim = kHeadDimT;
   static constexpr int kWarps = kWarpsT;
   static constexpr int kM = kMT;  // 16-row tiles of a warp
   static constexpr int kStepRows = kStepRowsT;
-  static constexpr int kMinCtas = kMinCtasT;
+  /// On a multiprocessor: what they do beyond the plain formula takes registers.
+  static constexpr int min_ctas(RowExtra extra) {
+    return extra == RowExtra::kNone ? kMinCtasT : kMinExtraCtasT;
+  }
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kRows = 16 * kM * kWarps;
-
-  static constexpr int kPlainEntries = 352, kPolicyEntries = 144;  // of the list of steps
+  /// Whether a tile holds all rows of a block; else there is no room for them.
+  static constexpr bool kIsWhole = kHeadDim <= 128;
 
   // Shared memory, in bytes.
   static constexpr int kQueryBytes = kRows * kHeadDim * 2;      // Q, dO
   static constexpr int kStageBytes = kStepRows * kHeadDim * 2;  // K, V; two of each
   static constexpr int kTiles = 2 * kQueryBytes + 4 * kStageBytes;
+  using Steps = StepList<kThreads, kStepRows, kStepRows == 32 ? 4 : 2>;
   static constexpr int kStats = kTiles;                    // lse (kRows), -delta (kRows)
-  static constexpr int kSources = kStats + 2 * kRows * 4;  // a ring of kStepRows memory rows
-  static constexpr int kSteps = kSources + kRing * kStepRows * 4;
-  static constexpr int kPlainTotal = kSteps + StepList<kThreads, kStepRows, kPlainEntries>::kBytes;
-  static constexpr int kPolicies =  // a ring
-      kSteps + StepList<kThreads, kStepRows, kPolicyEntries>::kBytes;
-  static constexpr int kSums = kPolicies + kRing * 16;           // dm of two steps, by warps
-  static constexpr int kBlocks = kSums + 2 * kWarps * 4;         // of entries: blocks, int32, and
-  static constexpr int kVisible = kBlocks + kPolicyEntries * 4;  // visible groups, uint8
-  static constexpr int kPolicyTotal = kVisible + kPolicyEntries;
+  static constexpr int kSources = kStats + 2 * kRows * 4;  // memory rows of steps, a ring
+  static constexpr int kPolicies = kSources + kRing * kStepRows * 4;  // of blocks, a ring
+  static constexpr int kSums = kPolicies + kRing * 16;                // dm of two steps, by warps
+  static constexpr int kPlace = kSums + 2 * kWarps * 4;
+  static constexpr int kSteps = kPlace + 48;
+  static constexpr int kTotal = kSteps + Steps::kBytes;
   static_assert(kRows * FloatTile<kHeadDim>::kStride * 4 <= kTiles);
-  static_assert(kPlainTotal <= 99 * 1024 && kPolicyTotal <= 99 * 1024);
+  static_assert(kTotal <= 99 * 1024);
 };
 
-/// Of a step, if there is a soft map or bits.
-struct StepPolicy {
+/// Of a key block, if there is a soft map or bits.
+struct BlockPolicy {
   int32_t block;
   uint32_t visible;  // bit g: rows of group g take part; 0: look up each row's bit
   float m;           // of a soft map, else 1
   int32_t has_map_grad;
 };
 
+/// The queries of a CTA. Kept in shared memory: the main loop has no register to spare for it.
+struct RowPlace {
+  int32_t b, h, h_kv, i;
+  BlockInfo block;
+
+  __device__ int64_t head(const Frame& frame) const { return int64_t{b} * frame.num_heads + h; }
+};
+static_assert(sizeof(RowPlace) <= 48);
+
 template <class T, class Shape, RowExtra kExtra>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kMinCtas)
+__global__ void __launch_bounds__(Shape::kThreads, Shape::min_ctas(kExtra))
     rows_kernel(const SparseBackward p) {
   begin_kernel();
   constexpr int kThreads = Shape::kThreads, kRows = Shape::kRows, kM = Shape::kM;
@@ -73,105 +83,108 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinCtas)
   constexpr int kN = kStepRows / 8, kK = kStepRows / 16;
   constexpr int kColSteps = kHeadDim / 16;
   constexpr bool kHasPolicy = kExtra == RowExtra::kPolicy;
-  constexpr int kEntries = kHasPolicy ? Shape::kPolicyEntries : Shape::kPlainEntries;
   using QueryTile = SharedTile<T, kRows, kHeadDim>;
   using KeyTile = SharedTile<T, kStepRows, kHeadDim>;
   using Copy = StepCopy<kThreads, T, kStepRows, kHeadDim>;
 
   // Shared memory.
   SPARLINE_DYNAMIC_SHARED(shared);
-  T* const origin = reinterpret_cast<T*>(shared);
-  constexpr int kQuerySize = Shape::kQueryBytes / 2, kStageSize = Shape::kStageBytes / 2;
+  const QueryTile q_tile{reinterpret_cast<T*>(shared)};
+  const QueryTile d_o_tile{reinterpret_cast<T*>(shared + Shape::kQueryBytes)};
+  unsigned char* const stages = shared + 2 * Shape::kQueryBytes;
   const FloatTile<kHeadDim> result{reinterpret_cast<float*>(shared)};  // in place of the tiles
   float* const lse_shared = reinterpret_cast<float*>(shared + Shape::kStats);
   float* const delta_shared = lse_shared + kRows;  // negated
   int32_t* const sources = reinterpret_cast<int32_t*>(shared + Shape::kSources);
-  StepPolicy* const policies = reinterpret_cast<StepPolicy*>(shared + Shape::kPolicies);
+  BlockPolicy* const policies = reinterpret_cast<BlockPolicy*>(shared + Shape::kPolicies);
   float* const map_sums = reinterpret_cast<float*>(shared + Shape::kSums);
-  int32_t* const blocks_shared = reinterpret_cast<int32_t*>(shared + Shape::kBlocks);
-  uint8_t* const visible_shared = shared + Shape::kVisible;
 
   const int thread = static_cast<int>(threadIdx.x), lane = lane_index(), warp = warp_index();
-  const int32_t num_blocks = p.frame.queries.num_blocks;
-  const int32_t i = static_cast<int32_t>(blockIdx.x) % num_blocks;
-  const int32_t bh = static_cast<int32_t>(blockIdx.x) / num_blocks;
-  const int32_t b = bh / p.frame.num_heads, h = bh % p.frame.num_heads;
-  const int32_t h_kv = h / p.frame.group(), head_dim = p.frame.head_dim;
-  const BlockInfo block = p.frame.queries.block(i);
-  const bool is_query_protected = block.is_protected != 0;
+  const int32_t num_blocks = p.frame.queries.num_blocks, head_dim = p.frame.head_dim;
+  RowPlace& at = *reinterpret_cast<RowPlace*>(shared + Shape::kPlace);
+  if (thread == 0) {
+    const int32_t i = static_cast<int32_t>(blockIdx.x) % num_blocks;
+    const int32_t bh = static_cast<int32_t>(blockIdx.x) / num_blocks, h = bh % p.frame.num_heads;
+    at = {bh / p.frame.num_heads, h, h / p.frame.group(), i, p.frame.queries.block(i)};
+  }
+  __syncthreads();
+  const BlockInfo& block = at.block;
   const bool is_vectorised = p.k.is_vectorised && p.v.is_vectorised;
-  const bool is_empty = p.is_protected_only && !is_query_protected;
+  const bool is_empty = p.is_protected_only && block.is_protected == 0;
   if (is_empty && p.adds_linear) return;
 
   const auto is_free = [&](int32_t j) {
-    return !is_query_protected && !is_protected(p.frame.keys, j);
+    return block.is_protected == 0 && !is_protected(p.frame.keys, j);
   };
   const auto live = [&](int32_t, int32_t j, const BlockInfo& keys) -> uint32_t {
     if (is_free(j)) {
-      if (!p.map.is_soft && !(p.map.sparse_weight(b, h, i, j, false) > 0.0f)) return 0;
+      if (!p.map.is_soft && !(p.map.sparse_weight(at.b, at.h, at.i, j, false) > 0.0f)) return 0;
       if (kHasPolicy && p.tile_bits.data != nullptr &&
-          visible_groups(p.tile_bits, b, h, i, j, block.rows) == 0) {
+          visible_groups(p.tile_bits, at.b, at.h, at.i, j, block.rows) == 0) {
         return 0;
       }
     }
     return all_steps<kStepRows>(keys.rows);
   };
-  const auto keep = [&](int entry, int32_t j) {
+  const auto open = [&](int slot, int32_t, int32_t j, const BlockInfo&) {
     if constexpr (kHasPolicy) {
-      blocks_shared[entry] = j;
+      if (warp > 0) return;
       uint32_t visible = ~0u;
       if (p.tile_bits.data != nullptr && is_free(j)) {
-        visible =
-            has_bits_by_row(p.tile_bits) ? 0 : visible_groups(p.tile_bits, b, h, i, j, block.rows);
+        const bool is_group = lane < p.tile_bits.groups && lane * p.tile_bits.rows < block.rows;
+        visible = __ballot_sync(kAllLanes, is_group && group_bit(p.tile_bits, at.b, at.h, at.i,
+                                                                 is_group ? lane : 0, j));
+        if (has_bits_by_row(p.tile_bits)) visible = 0;
       }
-      visible_shared[entry] = static_cast<uint8_t>(visible);
+      const bool has_map_grad = p.map.is_soft && is_free(j);
+      const float m = has_map_grad ? p.map.sparse_weight(at.b, at.h, at.i, j, false) : 1.0f;
+      if (lane == 0) policies[slot] = {j, visible, m, has_map_grad};
     }
   };
 
-  // Blocks of more rows than a tile only with head dims that leave no room.
-  for (int32_t row0 = 0; row0 < block.rows; row0 += kRows) {
+  for (int32_t row0 = 0; row0 < (Shape::kIsWhole ? 1 : block.rows); row0 += kRows) {
     const int32_t first = block.begin + row0;
     const int32_t num_rows = block.rows - row0 < kRows ? block.rows - row0 : kRows;
 
     // Prologue.
     if (row0 > 0) __syncthreads();
-    load_rows_async<kThreads>(QueryTile{origin}, p.q, p.q.head<T>(b, h), first, num_rows, head_dim);
-    load_rows_async<kThreads>(QueryTile{origin + kQuerySize}, p.d_o, p.d_o.head<T>(b, h), first,
-                              num_rows, head_dim);
+    load_rows_async<kThreads>(q_tile, p.q, p.q.head<T>(at.b, at.h), first, num_rows, head_dim);
+    load_rows_async<kThreads>(d_o_tile, p.d_o, p.d_o.head<T>(at.b, at.h), first, num_rows,
+                              head_dim);
     for (int r = thread; r < kRows; r += kThreads) {
       float lse = kInfinity, delta = 0.0f;
       if (r < num_rows) {
-        const int64_t at = static_cast<int64_t>(bh) * p.frame.queries.length + first + r;
-        const float share = p.stats.share == nullptr ? 1.0f : p.stats.share[at];
-        if (share > kSmallestShare) {
-          lse = effective_lse(p.stats.lse_log2[at], share);
-          delta = -p.stats.delta[at] / share;
-        }
+        const int64_t row = at.head(p.frame) * p.frame.queries.length + first + r;
+        lse = p.stats.lse_log2[row];
+        delta = -p.stats.delta[row];
       }
       lse_shared[r] = lse;
       delta_shared[r] = delta;
     }
 
     for (int stage = 0; stage < 4 && head_dim < kHeadDim; ++stage) {
-      clear_columns<kThreads>(KeyTile{origin + 2 * kQuerySize + stage * kStageSize}, head_dim);
+      clear_columns<kThreads>(KeyTile{reinterpret_cast<T*>(stages + stage * Shape::kStageBytes)},
+                              head_dim);
     }
 
     const LanePattern<kHeadDim> pattern(lane);
     const int warp_row = warp * 16 * kM;
     const bool is_idle = warp_row >= num_rows;
-    const int q_at = warp_row * kHeadDim + pattern.a;
-    const float scale_log2 = p.scale * kLog2E;
-    const T* const k_column = p.k.head<T>(b, h_kv) + Copy::col();
-    const T* const v_column = p.v.head<T>(b, h_kv) + Copy::col();
+    const SharedAddress q_at =
+        shared_address(shared) + static_cast<uint32_t>(warp_row * kHeadDim * 2) + pattern.a;
+    const float scale_log2 = fmaxf(p.scale * kLog2E, kLeastScale);
+    const T* const k_column = p.k.head<T>(at.b, at.h_kv) + Copy::col();
+    const T* const v_column = p.v.head<T>(at.b, at.h_kv) + Copy::col();
     const uint32_t k_row_bytes = static_cast<uint32_t>(p.k.stride_n * sizeof(T));
     const uint32_t v_row_bytes = static_cast<uint32_t>(p.v.stride_n * sizeof(T));
-    const bool is_column = Copy::col() < head_dim;
+    const bool is_column = is_vectorised && Copy::col() < head_dim;
+    const bool has_order = p.k.order != nullptr;
     float d_q[kM][kHeadDim / 8][4] = {};  // (16 kM, D)
     float d_s_sum[kM][2] = {};            // rowsum(dS), this lane's part
-    StepList<kThreads, kStepRows, kEntries> steps(
-        shared + Shape::kSteps, p.frame.keys, block.other_begin,
-        is_empty ? block.other_begin : block.other_end, 1);
-    uint32_t rows_ahead = 0;  // rows of steps `turn`, `turn - 1`, `turn - 2`, a byte each; 0: none
+    typename Shape::Steps steps(shared + Shape::kSteps, p.frame.keys, block.other_begin,
+                                is_empty ? block.other_begin : block.other_end, 1);
+    Step next{}, after{};  // steps turn - 1 and turn
+    StepsAhead ahead;
     bool has_map_sum = false;
 
     // Main loop. Step `turn - 2` is computed.
@@ -182,63 +195,70 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinCtas)
         if (has_map_sum && thread == 0) {
           float sum = 0.0f;
           for (int w = 0; w < Shape::kWarps; ++w) sum += map_sums[turn % 2 * Shape::kWarps + w];
-          p.d_block_map[(static_cast<int64_t>(bh) * num_blocks + i) * p.frame.keys.num_blocks +
-                        policies[(turn + kRing - 3) % kRing].block] += sum;
+          p.d_block_map[(at.head(p.frame) * num_blocks + at.i) * p.frame.keys.num_blocks +
+                        policies[ahead.place(2) / kMaxRows].block] += sum;
         }
         has_map_sum = false;
       }
 
       // Step `turn`: where its rows lie.
-      const Step after = steps.next(live, keep);
-      rows_ahead = rows_ahead << 8 | static_cast<uint32_t>(after.num_rows);
-      int32_t source = after.first + (thread < after.num_rows ? thread : after.num_rows - 1);
-      if (p.k.order != nullptr && thread < kStepRows && after.num_rows > 0) {
-        source = p.k.order[source];
-      }
-      if constexpr (kHasPolicy) {
-        if (thread == 0 && after.num_rows > 0) {
-          const int32_t j = blocks_shared[after.entry];
-          const bool has_map_grad = p.map.is_soft && is_free(j);
-          const float m = has_map_grad ? p.map.sparse_weight(b, h, i, j, false) : 1.0f;
-          policies[turn % kRing] = {j, visible_shared[after.entry], m, has_map_grad};
-        }
+      next = after;
+      after = steps.next(live, open);
+      ahead.push(after);
+      if (has_order && thread < kStepRows && after.num_rows > 0) {
+        const int r = thread < after.num_rows ? thread : after.num_rows - 1;
+        cp_async_4(shared_address(sources + turn % kRing * kStepRows + thread),
+                   p.k.order + after.first + r);
       }
 
       // Step `turn - 1`: its copies, between the products of step `turn - 2`.
-      T* const next_stage = origin + 2 * kQuerySize + (turn + 1) % 2 * 2 * kStageSize;
-      const bool has_next = (rows_ahead >> 8 & 0xff) != 0;
-      const bool is_copying = has_next && is_vectorised && is_column;
-      int32_t rows[Copy::kCopies];
-#pragma unroll
-      for (int piece = 0; piece < Copy::kCopies; ++piece) {
-        rows[piece] = sources[(turn + kRing - 1) % kRing * kStepRows + Copy::row(piece)];
-      }
+      unsigned char* const next_stage = stages + (turn + 1) % 2 * 2 * Shape::kStageBytes;
+      const bool is_copying = is_column && next.num_rows > 0;
+      const int32_t* const next_rows = sources + (turn + kRing - 1) % kRing * kStepRows;
+      const SharedAddress copy_to = shared_address(next_stage) + Copy::first_bytes();
+      uint32_t row = 0;
       const auto copy = [&](int item) {
         const int piece = item / 2;
         const bool is_v = item % 2 != 0;
-        const KeyTile tile{is_v ? next_stage + kStageSize : next_stage};
-        const uint64_t offset =
-            uint64_t{static_cast<uint32_t>(rows[piece])} * (is_v ? v_row_bytes : k_row_bytes);
+        if (!is_v) {
+          const int r = Copy::row(piece) < next.num_rows ? Copy::row(piece) : next.num_rows - 1;
+          row = static_cast<uint32_t>(has_order ? next_rows[Copy::row(piece)] : next.first + r);
+        }
+        const uint64_t offset = uint64_t{row} * (is_v ? v_row_bytes : k_row_bytes);
         const void* const from = reinterpret_cast<const char*>(is_v ? v_column : k_column) + offset;
-        if (is_copying) cp_async_16(tile.at(Copy::row(piece), Copy::col()), from, true);
+        const SharedAddress to = copy_to + (is_v ? Shape::kStageBytes : 0);
+        if (is_copying) cp_async_16(Copy::target(to, piece), from);
       };
-      if (has_next && !is_vectorised) {
+      if (!is_vectorised && next.num_rows > 0) {
+        const KeyTile k_tile{reinterpret_cast<T*>(next_stage)};
+        const KeyTile v_tile{reinterpret_cast<T*>(next_stage + Shape::kStageBytes)};
+        const T* const k_head = p.k.head<T>(at.b, at.h_kv);
+        const T* const v_head = p.v.head<T>(at.b, at.h_kv);
         for (int idx = thread; idx < kStepRows * head_dim; idx += kThreads) {
           const int r = idx / head_dim, c = idx % head_dim;
-          const int64_t row = sources[(turn + kRing - 1) % kRing * kStepRows + r];
-          *KeyTile{next_stage}.at(r, c) = p.k.head<T>(b, h_kv)[row * p.k.stride_n + c];
-          *KeyTile{next_stage + kStageSize}.at(r, c) = p.v.head<T>(b, h_kv)[row * p.v.stride_n + c];
+          const int32_t n = next.first + (r < next.num_rows ? r : next.num_rows - 1);
+          *k_tile.at(r, c) = k_head[p.k.offset(n) + c];
+          *v_tile.at(r, c) = v_head[p.v.offset(n) + c];
         }
       }
 
       const auto compute = [&](int num_keys) {
-        const int k_at = turn % 2 * 2 * kStageSize;
-        const T* const k_tile = origin + 2 * kQuerySize;
-        const T* const v_tile = k_tile + kStageSize;
+        const SharedAddress k_at = shared_address(stages + turn % 2 * 2 * Shape::kStageBytes);
         float s[kM][kN][4] = {};  // S, then P (16 kM, kStepRows)
-        multiply_rows<T, kHeadDim>(s, origin, q_at, k_tile, k_at + pattern.b, [&](int step) {
+        multiply_rows<T, kHeadDim>(s, q_at, k_at + pattern.b, [&](int step) {
           spread<2 * Copy::kCopies, kColSteps>(step, copy);
         });
+        if (num_keys < kStepRows) {  // P = 0 past the last key
+#pragma unroll
+          for (int n = 0; n < kN; ++n) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+              if (8 * n + lane % 4 * 2 + c % 2 < num_keys) continue;
+#pragma unroll
+              for (int m = 0; m < kM; ++m) s[m][n][c] = -kInfinity;
+            }
+          }
+        }
 
         float lse[kM][2], d_p[kM][kN][4];  // dP - delta (16 kM, kStepRows)
         float ceiling = kInfinity, m_weight = 1.0f, d_map = 0.0f;
@@ -246,7 +266,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinCtas)
         if constexpr (kHasPolicy) {
           // P = m exp(S - lse) is at most 1, which bounds the exponential; for m = 0 nothing does,
           // and its gradient, which SoftTop-k multiplies by 0, must stay finite.
-          const StepPolicy& now = policies[(turn + kRing - 2) % kRing];
+          const BlockPolicy& now = policies[ahead.place(2) / kMaxRows];
           m_weight = now.m;
           has_map_grad = now.has_map_grad != 0;
           if (p.map.is_soft)
@@ -258,12 +278,12 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinCtas)
           lse[m][0] = lse_shared[row];
           lse[m][1] = lse_shared[row + 8];
           if constexpr (kHasPolicy) {
-            const StepPolicy& now = policies[(turn + kRing - 2) % kRing];
+            const BlockPolicy& now = policies[ahead.place(2) / kMaxRows];
             if (p.tile_bits.data != nullptr && has_bits_by_row(p.tile_bits)) {
               for (int half = 0; half < 2 && now.visible == 0; ++half) {
                 const int32_t r = row0 + row + 8 * half;
                 if (r < block.rows &&
-                    !group_bit(p.tile_bits, b, h, i, r / p.tile_bits.rows, now.block)) {
+                    !group_bit(p.tile_bits, at.b, at.h, at.i, r / p.tile_bits.rows, now.block)) {
                   lse[m][half] = kInfinity;
                 }
               }
@@ -280,14 +300,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinCtas)
           }
         }
         multiply_rows<T, kHeadDim>(
-            d_p, origin + kQuerySize, q_at, v_tile, k_at + pattern.b, [&](int step) {
+            d_p, q_at + Shape::kQueryBytes, k_at + Shape::kStageBytes + pattern.b, [&](int step) {
               spread<kM * kN, kColSteps>(step, [&](int item) {
                 const int m = item % kM, n = item / kM;
 #pragma unroll
                 for (int c = 0; c < 4; ++c) {
                   float exponent = fmaf(s[m][n][c], scale_log2, -lse[m][c / 2]);
                   if constexpr (kHasPolicy) exponent = fminf(exponent, ceiling);
-                  if (8 * n + lane % 4 * 2 + c % 2 >= num_keys) exponent = -kInfinity;
                   s[m][n][c] = exp2_approx(exponent);
                 }
               });
@@ -317,7 +336,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinCtas)
         };
 #pragma unroll
         for (int m = 0; m < kM; ++m) round(m, 0);
-        multiply_fragments(d_q, d_s, k_tile, k_at + pattern.a, [&](int step) {
+        multiply_fragments<T>(d_q, d_s, k_at + pattern.a, [&](int step) {
           if (step / kColSteps + 1 == kK) return;
           spread<kM, kColSteps>(step % kColSteps, [&](int m) { round(m, step / kColSteps + 1); });
         });
@@ -328,7 +347,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinCtas)
           }
         }
       };
-      const int num_keys = static_cast<int>(rows_ahead >> 16 & 0xff);
+      const int num_keys = ahead.num_rows(2);
       if (num_keys == 0 || is_idle) {
 #pragma unroll
         for (int item = 0; item < 2 * Copy::kCopies; ++item) copy(item);
@@ -337,13 +356,12 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinCtas)
       }
       cp_async_commit();
       if constexpr (kHasPolicy) {
-        has_map_sum = num_keys > 0 && policies[(turn + kRing - 2) % kRing].has_map_grad != 0;
+        has_map_sum = num_keys > 0 && policies[ahead.place(2) / kMaxRows].has_map_grad != 0;
         if (has_map_sum && is_idle && lane == 0) {
           map_sums[(turn + 1) % 2 * Shape::kWarps + warp] = 0.0f;
         }
       }
-      if (thread < kStepRows) sources[turn % kRing * kStepRows + thread] = source;
-      if ((rows_ahead & 0xffff) == 0 && !has_map_sum) break;
+      if ((ahead.rows & 0xffff) == 0 && !has_map_sum) break;
     }
 
     // Epilogue.
@@ -358,14 +376,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinCtas)
       }
     }
     __syncthreads();
-    const float* const k_mean =
-        p.k_mean == nullptr ? nullptr
-                            : p.k_mean + ((static_cast<int64_t>(b) * p.frame.num_kv_heads + h_kv) *
-                                              p.frame.keys.num_sequences +
-                                          block.sequence) *
-                                             head_dim;
+    const float* k_mean = p.k_mean;
+    if (k_mean != nullptr) {
+      const int64_t pair = int64_t{at.b} * p.frame.num_kv_heads + at.h_kv;
+      k_mean += (pair * p.frame.keys.num_sequences + block.sequence) * head_dim;
+    }
     store_rows<kThreads>(result, RowOutput{p.scale, lse_shared, k_mean, p.adds_linear}, p.d_q,
-                         p.d_q.head<T>(b, h), first, num_rows, head_dim);
+                         p.d_q.head<T>(at.b, at.h), first, num_rows, head_dim);
   }
 }
 
@@ -376,14 +393,13 @@ void launch_rows(const SparseBackward& given, void* stream) {
   count_rows_in_32_bits(params.v);
   const int64_t blocks = static_cast<int64_t>(params.frame.batch) * params.frame.num_heads *
                          params.frame.queries.num_blocks;
-  const LaunchShape plain{blocks, Shape::kThreads, Shape::kPlainTotal};
+  const LaunchShape shape{blocks, Shape::kThreads, Shape::kTotal};
   if (params.map.is_soft || params.tile_bits.data != nullptr) {
-    launch(rows_kernel<T, Shape, RowExtra::kPolicy>,
-           LaunchShape{blocks, Shape::kThreads, Shape::kPolicyTotal}, stream, params);
+    launch(rows_kernel<T, Shape, RowExtra::kPolicy>, shape, stream, params);
   } else if (params.k_mean != nullptr) {
-    launch(rows_kernel<T, Shape, RowExtra::kMean>, plain, stream, params);
+    launch(rows_kernel<T, Shape, RowExtra::kMean>, shape, stream, params);
   } else {
-    launch(rows_kernel<T, Shape, RowExtra::kNone>, plain, stream, params);
+    launch(rows_kernel<T, Shape, RowExtra::kNone>, shape, stream, params);
   }
 }
 

@@ -7,9 +7,9 @@ namespace sparline::cuda {
 
 void sparse_backward_rows_128(const SparseBackward& params, void* stream) {
   if (params.block_q <= 64) {
-    backward::launch_rows_of<backward::RowsShape<128, 2, 2, 32, 3>>(params, stream);
+    backward::launch_rows_of<backward::RowsShape<128, 2, 2, 32, 3, 3>>(params, stream);
   } else {
-    backward::launch_rows_of<backward::RowsShape<128, 4, 2, 32, 2>>(params, stream);
+    backward::launch_rows_of<backward::RowsShape<128, 4, 2, 32, 2, 2>>(params, stream);
   }
 }
 

@@ -6,7 +6,7 @@
 namespace sparline::cuda {
 
 void sparse_backward_rows_256(const SparseBackward& params, void* stream) {
-  backward::launch_rows_of<backward::RowsShape<256, 4, 1, 16, 2>>(params, stream);
+  backward::launch_rows_of<backward::RowsShape<256, 4, 1, 16, 2, 2>>(params, stream);
 }
 
 }  // namespace sparline::cuda

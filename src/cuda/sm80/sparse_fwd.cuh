@@ -13,6 +13,8 @@
 // rows out, a skip rule. A row that takes no part has P = 0 in that tile.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/common/row_scan.cuh"
 #include "cuda/common/tile.cuh"
 #include "cuda/kernels.h"
@@ -539,7 +541,7 @@ void launch_sparse_forward(const SparseForward& params, void* stream) {
   const Frame& frame = params.frame;
   const bool has_skip = params.skip.reference != SkipReference::kNone;
   SparseForward p = params;
-  p.scale_log2 = params.scale * kLog2E;
+  p.scale_log2 = std::max(params.scale * kLog2E, kLeastScale);
   launch(sparse_forward_kernel<Traits>,
          {.blocks = int64_t{params.wave.count} * frame.group() * frame.queries.num_blocks,
           .threads = Traits::kThreads,

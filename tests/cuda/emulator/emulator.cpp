@@ -59,6 +59,7 @@ constexpr size_t kSharedPagesBytes = (kMaxSharedBytes + kPageBytes - 1) / kPageB
 struct Copy {
   void* to = nullptr;
   std::array<uint64_t, 2> bytes = {};
+  size_t num_bytes = 16;
   int64_t group = 0;
 };
 
@@ -499,15 +500,16 @@ void carry_out(const Warp& warp, uint32_t mask, Op op) {
 // Static shared memory lies among the variables of the program.
 extern "C" char __data_start, _end;
 
-void check_shared(const void* address, const char* what) {
+void check_shared(const void* address, size_t bytes, const char* what) {
   const auto at = static_cast<const unsigned char*>(address);
-  if (reinterpret_cast<uintptr_t>(at) % 16 != 0) {
+  if (reinterpret_cast<uintptr_t>(at) % bytes != 0) {
     fail(std::string(what) + ": the shared address " + hex(reinterpret_cast<uintptr_t>(at)) +
-         " is not a multiple of 16");
+         " is not a multiple of " + std::to_string(bytes));
   }
-  const bool is_dynamic = at >= machine.shared && at + 16 <= machine.shared + machine.shared_bytes;
+  const bool is_dynamic =
+      at >= machine.shared && at + bytes <= machine.shared + machine.shared_bytes;
   const bool is_static = at >= reinterpret_cast<unsigned char*>(&__data_start) &&
-                         at + 16 <= reinterpret_cast<unsigned char*>(&_end);
+                         at + bytes <= reinterpret_cast<unsigned char*>(&_end);
   if (!is_dynamic && !is_static) {
     fail(std::string(what) + ": byte " + std::to_string(at - machine.shared) + " is not in the " +
          std::to_string(machine.shared_bytes) + " bytes of dynamic shared memory");
@@ -540,7 +542,7 @@ void meet(Call& call) {
   if ((call.mask >> lane & 1u) == 0) {
     fail("lane " + std::to_string(lane) + " is not in its own mask: " + describe(call));
   }
-  if (call.row != nullptr) check_shared(call.row, name(call.op));
+  if (call.row != nullptr) check_shared(call.row, 16, name(call.op));
   warp.calls[lane] = &call;
   warp.meeting |= 1u << lane;
   if ((warp.meeting & call.mask) == call.mask) {
@@ -566,16 +568,18 @@ void barrier() {
   yield();
 }
 
-void copy_async(void* shared, const void* global, bool is_valid) {
-  check_shared(shared, "cp_async_16");
-  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) {
-    fail("cp_async_16: the global address " + hex(reinterpret_cast<uintptr_t>(global)) +
-         " is not a multiple of 16");
+void copy_async(void* shared, const void* global, int bytes, bool is_valid) {
+  const std::string what = "cp_async_" + std::to_string(bytes);
+  const auto num_bytes = static_cast<size_t>(bytes);
+  check_shared(shared, num_bytes, what.c_str());
+  if (reinterpret_cast<uintptr_t>(global) % num_bytes != 0) {
+    fail(what + ": the global address " + hex(reinterpret_cast<uintptr_t>(global)) +
+         " is not a multiple of " + std::to_string(bytes));
   }
   Thread& me = thread_at(*machine.warp, machine.lane);
-  Copy copy{.to = shared, .group = me.num_groups};
-  if (is_valid) std::memcpy(copy.bytes.data(), global, 16);
-  std::memset(shared, 0xff, 16);
+  Copy copy{.to = shared, .num_bytes = num_bytes, .group = me.num_groups};
+  if (is_valid) std::memcpy(copy.bytes.data(), global, num_bytes);
+  std::memset(shared, 0xff, num_bytes);
   me.copies.push_back(copy);
 }
 
@@ -585,7 +589,7 @@ void wait_for_copies(int num_pending_groups) {
   Thread& me = thread_at(*machine.warp, machine.lane);
   auto copy = me.copies.begin();
   for (; copy != me.copies.end() && copy->group < me.num_groups - num_pending_groups; ++copy) {
-    std::memcpy(copy->to, copy->bytes.data(), 16);
+    std::memcpy(copy->to, copy->bytes.data(), copy->num_bytes);
   }
   me.copies.erase(me.copies.begin(), copy);
 }
@@ -637,8 +641,8 @@ void run(const void* kernel, int64_t blocks, int threads, int64_t shared_bytes,
   machine.threads.resize(std::max(machine.threads.size(), static_cast<size_t>(threads)));
   machine.warps.resize(static_cast<size_t>(threads / kWarpSize));
   machine.shared_bytes = static_cast<size_t>(shared_bytes);
-  // Up to the page that cannot be touched, as near as alignment to 128 bytes lets it.
-  machine.shared = machine.shared_pages + (kSharedPagesBytes - machine.shared_bytes) / 128 * 128;
+  // Up to the page that cannot be touched, as near as alignment to 512 bytes lets it.
+  machine.shared = machine.shared_pages + (kSharedPagesBytes - machine.shared_bytes) / 512 * 512;
   blockDim = dim3(static_cast<unsigned>(threads));
   gridDim = dim3(static_cast<unsigned>(blocks));
   const int64_t start =

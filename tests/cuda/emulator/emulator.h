@@ -118,7 +118,8 @@ struct Call {
 void meet(Call& call);
 /// __syncthreads.
 void barrier();
-void copy_async(void* shared, const void* global, bool is_valid);
+/// A cp.async of 4 or 16 bytes.
+void copy_async(void* shared, const void* global, int bytes, bool is_valid);
 void commit_copies();
 void wait_for_copies(int num_pending_groups);
 unsigned char* dynamic_shared();
@@ -381,13 +382,19 @@ inline void fill_zero(void* data, int64_t bytes, void* /*stream*/) {
 /// Kernels run one after another here.
 __forceinline__ void begin_kernel() {}
 
-/// Low bits of an address, which is all that may be asked of it here.
-__forceinline__ uint32_t shared_address(const void* shared) {
-  return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(shared));
+using SharedAddress = uintptr_t;
+__forceinline__ SharedAddress shared_address(const void* shared) {
+  return reinterpret_cast<SharedAddress>(shared);
 }
 
 __forceinline__ void cp_async_16(void* shared, const void* global, bool is_valid) {
-  emulator::copy_async(shared, global, is_valid);
+  emulator::copy_async(shared, global, 16, is_valid);
+}
+__forceinline__ void cp_async_16(SharedAddress shared, const void* global) {
+  emulator::copy_async(reinterpret_cast<void*>(shared), global, 16, true);
+}
+__forceinline__ void cp_async_4(SharedAddress shared, const void* global) {
+  emulator::copy_async(reinterpret_cast<void*>(shared), global, 4, true);
 }
 __forceinline__ void cp_async_commit() { emulator::commit_copies(); }
 template <int kPending>
@@ -402,6 +409,12 @@ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row) {
 __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row) {
   emulator::Call call{.op = emulator::Op::kLdmatrixTrans, .row = shared_row, .d = r};
   emulator::meet(call);
+}
+__forceinline__ void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) {
+  ldmatrix_x4(r, reinterpret_cast<const void*>(row));
+}
+__forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAddress row) {
+  ldmatrix_x4_trans(r, reinterpret_cast<const void*>(row));
 }
 
 template <class T>
