@@ -10,6 +10,7 @@ python tests/python/gpu/harness.py [--device cuda|cpu] [--threads 1] NAME...
 Every result is held to three rules. *Noise* is how far plain PyTorch of the same precision and the
 CPU kernels are from the exact result; *grain* is the machine epsilon of what is stored: that of the
 dtype, or bfloat16's where a linear branch takes part, whose states are bfloat16 whatever the dtype.
+Noise in float16 then counts as many times as bfloat16 is coarser.
 
   largest   the largest error of an element: the relative rule of numeric.py
   overall   the L2 norm of the error: at most twice the noise and one grain of the result's norm
@@ -279,6 +280,11 @@ class Judge:
         dtype = torch.bfloat16 if has_states else self.case.torch_dtype
         return torch.finfo(dtype).eps
 
+    @property
+    def coarser(self) -> float:
+        """How many times coarser than the dtype, in which noise is measured, the grain is."""
+        return self.grain / torch.finfo(self.case.torch_dtype).eps
+
     def hold(self, what: str, error: float, bound: float, rule: str, detail: str = "") -> None:
         share = 0.0 if error == 0.0 else error / bound if bound > 0 else math.inf
         share = math.inf if math.isnan(share) else share
@@ -305,7 +311,8 @@ class Judge:
         finite = exact[exact.isfinite()]
         largest = finite.abs().max().item() if finite.numel() else 0.0
         errors = [max_error(x, exact) for x in noises]
-        noise = max([x for x in errors if math.isfinite(x)], default=0.0)
+        coarser = self.coarser if grain == self.grain else 1.0
+        noise = coarser * max([x for x in errors if math.isfinite(x)], default=0.0)
         floor = (FLOOR_ULPS * grain + slack) * max(largest, magnitude)
         detail = f" (largest {largest:.3e}, noise {noise:.3e})"
         self.hold(what, max_error(actual, exact), 2.0 * noise + floor, "largest", detail)
@@ -320,7 +327,7 @@ class Judge:
         error, row_error = norms(actual - exact)
         kept = [norms(x.double() - exact) for x, e in zip(noises, errors, strict=True)
                 if math.isfinite(e)]  # fmt: skip
-        noise, row_noise = (max((pair[n] for pair in kept), default=0.0) for n in (0, 1))
+        noise, row_noise = (coarser * max((pair[n] for pair in kept), default=0.0) for n in (0, 1))
         if not kept:  # nothing to say how ill-conditioned it is
             size, row_size = 4 * size, 4 * row_size
         tiny = 1e-6 * max(1.0, magnitude)
@@ -468,6 +475,8 @@ def check_large(case: Case, device: torch.device, judge: Judge) -> str:
     _check_large_decisions(case, doubled, tiles, skipped, judge)
     noises, against = [], "not comparable"
     method = case.method
+    if method.low_bit is None:
+        noises.append(to_cpu(_reference(case, there, tiles, skipped)))
     fed: Inputs | None = host
     if skipped is not None:
         told = sparline.tile_statistics(
