@@ -154,7 +154,10 @@ class RouterTrainer:
                 "train: task=router trains layers on whole sequences, got distributed."
                 f"ulysses_degree={self.world.ulysses_degree}. Set it to 1."
             )
-        self.transformer = setup.load_transformer(config.model).to(self.world.device)
+        # Nothing of the model is trained: its weights need no more bits than they are used with.
+        is_16_bit = config.training.mixed_precision == "bf16"
+        dtype = torch.bfloat16 if is_16_bit else torch.float32
+        self.transformer = setup.load_transformer(config.model, dtype).to(self.world.device)
         sources = setup.make_sources(config, self.transformer, self.world.device)
         self.source, self.held_out = sources[0], sources[1] or sources[0]
         setup.add_method(self.transformer, config, self.world.device)

@@ -23,14 +23,15 @@ PROCESSOR = ".attn1.processor.attention."
 # Model ------------------------------------------------------------------------------------------
 
 
-def load_transformer(config: ModelConfig) -> Any:
-    """The transformer alone, float32, on the CPU."""
+def load_transformer(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Any:
+    """The transformer alone, on the CPU. With a 16-bit ``dtype`` what the host keeps in float32
+    stays so."""
     import diffusers
 
     if config.path is None:
         from sparline import demo
 
-        return demo.load_pipeline().transformer
+        return demo.load_pipeline(dtype).transformer
     folder = Path(config.path)
     looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") != 1
     if looks_local and not folder.exists():
@@ -40,7 +41,7 @@ def load_transformer(config: ModelConfig) -> Any:
     is_bare = (folder / "config.json").is_file()
     try:
         return cast(Any, diffusers).WanTransformer3DModel.from_pretrained(
-            config.path, subfolder=None if is_bare else config.component, torch_dtype=torch.float32
+            config.path, subfolder=None if is_bare else config.component, torch_dtype=dtype
         )
     except Exception as error:  # whatever the host and the hub's client raise
         reason = str(error).strip().splitlines()[0]

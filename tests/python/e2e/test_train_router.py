@@ -134,6 +134,17 @@ def test_a_killed_ratio_goes_on_to_the_bit(tmp_path: Path) -> None:
     assert names == {"router-0.25.safetensors", "router.jsonl"}
 
 
+def test_a_model_in_16_bits_teaches_float32_routers(tmp_path: Path) -> None:
+    settings = {"keep_ratios": [0.25], "steps": 2}
+    trainer = make(tmp_path / "run", router=settings, training={"mixed_precision": "bf16"})
+    assert trainer.transformer.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    state = load_file(trainer.run(silent).states[0.25])
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    eye = torch.eye(training.HEAD_DIM)
+    routers = [value for name, value in state.items() if "router" in name]
+    assert all(not torch.equal(value, eye) for value in routers)
+
+
 def test_a_finished_ratio_is_not_trained_again(tmp_path: Path) -> None:
     make(tmp_path / "run", router={"keep_ratios": [0.25]}).run(silent)
     seen: list[str] = []
