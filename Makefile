@@ -114,6 +114,7 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/python bench/report.py --check
 	$(BIN)/python tools/method_table.py --check
+	$(BIN)/python tools/training_estimate.py --check
 
 format: $(VENV)/.dev
 	$(BIN)/clang-format -i $(CPP_FILES)

@@ -86,6 +86,18 @@ def test_what_is_wrong(data: dict[str, Any], overrides: list[str], text: str) ->
         train.from_dict(data, overrides)
 
 
+EXAMPLES = sorted((Path(__file__).parents[3] / "examples" / "train").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_whole(path: Path) -> None:
+    pytest.importorskip("yaml")
+    config = train.load_config(path, ["data.path=latents"])
+    method = config.method.make()
+    assert method is not None
+    assert (method.recipe.block_q, method.recipe.block_k) == (128, 64)
+
+
 def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(train.TrainError, match="must be a readable configuration file"):
         train.load_config(tmp_path / "nowhere.yaml")
