@@ -146,7 +146,6 @@ class Experiment:
 
     def run(self) -> int:
         """Does what it can in its time; the number of pieces that failed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         failed: set[str] = set()
         while self.minutes_left() > 0.0:
             left = [p for p in self.pieces() if not self.is_done(p) and p.name not in failed]
@@ -203,7 +202,7 @@ class Experiment:
         lines = []
         pieces = self.all_pieces()
         for piece in pieces:
-            if self.is_done(piece) and piece.row is not None:
+            if self.is_done(piece):
                 result = json.loads((self.folder / piece.name / "result.json").read_text())
                 lines.append(json.dumps({**result, **self.compare_clips(piece)}) + "\n")
         (self.folder / "results.jsonl").write_text("".join(lines))
@@ -218,6 +217,7 @@ class Experiment:
         described = {
             "experiment": self.settings["name"],
             "piece": piece.name,
+            "kind": piece.kind,
             "num_tokens": self.grid.length,
             "batch": size["train_batch_size"],
             "steps": self.settings["train"]["training"]["max_train_steps"],
@@ -310,8 +310,12 @@ class Experiment:
                 raise OutOfTime
 
         begin = time.monotonic()
-        summary = train.RouterTrainer(config, device=self.args.device).run(show)
-        errors = {f"{k:g}": pair for k, pair in summary.errors.items()}
+        train.RouterTrainer(config, device=self.args.device).run(show)
+        told = (self.folder / piece.name / "router.jsonl").read_text().splitlines()
+        errors = {
+            f"{line['keep_ratio']:g}": (line["error_before"], line["error_after"])
+            for line in map(json.loads, told)
+        }
         return {"errors": errors, "training_minutes": minutes_since(begin)}
 
     def train(self, config: train.Config) -> tuple[train.Trainer, dict[str, Any]]:
@@ -627,7 +631,7 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, default=Path("experiment"), help="state and results")
     add("--data", metavar="FILE", help="scenes of train_demo_model.py --prepare")
     add("--minutes", type=float, default=math.inf, help="stop, resumable, after this long")
-    add("--only", help="pieces whose name contains this")
+    add("--only", help="pieces whose name contains this, such as sla2-0.05 or seed0")
     add("--set", action="append", default=[], help="override of the training configuration")
     add("--list", action="store_true", help="say what is done and what is not, and stop")
     add("--gpus", type=int, default=0, help="share the pieces among this many processes")
@@ -647,6 +651,8 @@ def main() -> int:
         return 0
     if args.is_worker:
         return experiment.run()
+    experiment.folder.mkdir(parents=True, exist_ok=True)
+    experiment.scenes()  # once, before many want them
     for claim in experiment.folder.glob("*.claim"):
         claim.unlink()  # of processes that were killed
     failed = work_together(args.gpus) if args.gpus else experiment.run()

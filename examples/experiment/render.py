@@ -57,7 +57,7 @@ def main() -> int:
     args = parser.parse_args()
     for path in args.results:
         results = read(path)
-        if not results:
+        if not rows_of(results):
             print(f"render: {path} holds no finished piece yet; nothing was changed.")
             return 1
         args.store.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def main() -> int:
         print(f"{args.page} is not what its results give; run {Path(__file__).name}")
         return 1
     for name, results in experiments.items():
-        plot(args.page.parent / f"quality-{name}.png", results)
+        plot(args.page.parent / f"quality-{name}.png", rows_of(results))
     args.page.write_text(page(experiments))
     print(f"wrote {args.page}")
     return 0
@@ -87,7 +87,8 @@ def read(path: Path) -> list[Result]:
 
 def page(experiments: dict[str, list[Result]]) -> str:
     parts = [HEAD]
-    for name, results in experiments.items():
+    for name, everything in experiments.items():
+        results = rows_of(everything)
         first = results[0]
         devices = ", ".join(sorted({r["device"] for r in results}))
         parts.append(
@@ -102,7 +103,25 @@ def page(experiments: dict[str, list[Result]]) -> str:
             at_ratio = [r for r in results if r["ratio"] == ratio]
             parts.append(f"### {100 * (1 - ratio):g} % sparsity\n\n" + table(at_ratio, results))
         parts.append(levels_table(results))
+        parts += [router_table(r) for r in everything if r["kind"] == "router"]
     return "\n".join(parts)
+
+
+def rows_of(everything: list[Result]) -> list[Result]:
+    """The results of rows: not of the continuation before them, nor of the router."""
+    return [r for r in everything if "row" in r]
+
+
+def router_table(result: Result) -> str:
+    """What stage 1 made of the router, by ratio."""
+    lines = [
+        "### The router\n\nRelative square error of SLA2's attention, hard router, held-out clips, "
+        "mean over layers, before and after its training on the dense model.\n\n"
+        "| sparsity | before | after |\n|---:|---:|---:|\n"
+    ]
+    for ratio, (before, after) in result["errors"].items():
+        lines.append(f"| {100 * (1 - float(ratio)):g} % | {before:.4f} | {after:.4f} |\n")
+    return "".join(lines)
 
 
 def table(rows: list[Result], results: list[Result]) -> str:
@@ -213,7 +232,9 @@ def gap_closed(result: Result, results: list[Result]) -> float | None:
     if sparse is None or result["ratio"] is None or sparse is result or result["is_free"]:
         return None
     own, its = delta(result, results), delta(sparse, results)
-    return None if own is None or its is None or its[0] <= 0 else 1.0 - own[0] / its[0]
+    if own is None or its is None or its[0] <= 2.0 * its[1]:
+        return None  # no gap that could be told from chance
+    return 1.0 - own[0] / its[0]
 
 
 def delta_words(deltas: Sequence[tuple[float, float]]) -> str:

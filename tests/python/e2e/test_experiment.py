@@ -157,8 +157,13 @@ def test_all_pieces_and_the_page(
 
     text = (toy / "out" / "toy" / "results.jsonl").read_text()
     results = {r["piece"]: r for r in map(json.loads, text.splitlines())}
-    assert list(results) == [name for name in PIECES if name not in ("start", "router")]
+    assert list(results) == PIECES
+    (before, after) = results["router"]["errors"]["0.25"]
+    assert before > 0
+    assert after > 0
     for name, r in results.items():
+        if name in ("start", "router"):
+            continue
         assert len(r["held_out"]) == 6, name
         assert r["held_out_loss"] == pytest.approx(statistics.fmean(x for _, x in r["held_out"]))
         if "dense" not in name:
@@ -190,6 +195,7 @@ def test_all_pieces_and_the_page(
     for row in ROWS:
         assert f"| {row['words']} |" in words
     assert "### 75 % sparsity" in words
+    assert f"| 75 % | {before:.4f} | {after:.4f} |" in words
     assert (toy / "quality-toy.png").stat().st_size > 10_000
     monkeypatch.setattr(sys, "argv", [*command, "--check"])
     assert render.main() == 0
