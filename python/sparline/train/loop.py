@@ -100,6 +100,7 @@ class Trainer:
         self.nonfinite_steps = 0
         self._nonfinite_in_a_row = 0
         self._stop = False
+        self._pipeline: Any = None  # for samples; loaded with the first
         self.log = Log(self.folder / "log.jsonl", config, world)
         self._resume()
         self.loader = data.Loader(
@@ -290,9 +291,13 @@ class Trainer:
         pipeline."""
         from . import samples
 
+        if self._pipeline is None:
+            self._pipeline = setup.load_pipeline(self.config.model, self.transformer)
+        if self._pipeline is None:
+            return None
         with self.averaged():
-            clips = samples.generate(self.transformer, self.config)
-        if clips is None or not self.world.is_main:
+            clips = samples.generate(self._pipeline, self.transformer, self.config)
+        if not self.world.is_main:
             return None
         path = self.folder / "samples" / f"step-{self.step:06d}.png"
         samples.write_sheet(path, clips)

@@ -12,18 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from .config import Config, TrainError
-from .setup import load_pipeline
 
 Clips = dict[str, NDArray[np.uint8]]
 
 
 @torch.no_grad()
-def generate(transformer: Any, config: Config, seed: int = 0) -> Clips | None:
-    """A clip (T, H, W, 3) for each of ``logging.sample_prompts``, all from the same noise; None
-    where the transformer came without its pipeline."""
-    pipeline = load_pipeline(config.model, transformer)
-    if pipeline is None:
-        return None
+def generate(pipeline: Any, transformer: Any, config: Config, seed: int = 0) -> Clips:
+    """A clip (T, H, W, 3) for each of ``logging.sample_prompts``, all from the same noise."""
     device = next(transformer.parameters()).device
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
