@@ -208,7 +208,7 @@ def train(
     with _one_line_errors(ImportError):
         from sparline import train as train_module
     _quiet_host_libraries()
-    with _one_line_errors(train_module.TrainError, ImportError):
+    with _one_line_errors(ValueError, NotImplementedError, ImportError):
         loaded = train_module.load_config(config, overrides or [])
         # Other processes of torchrun are silent, but for errors.
         is_main = int(os.environ.get("RANK", "0")) == 0

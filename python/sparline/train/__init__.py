@@ -6,6 +6,8 @@ summary = train.run(train.load_config("sla2.yaml", ["method.keep_ratio=0.03"]))
 docs/training.md is the guide.
 """
 
+import torch
+
 from .config import Config, TrainError, from_dict, load_config
 from .loop import Progress, Summary, Trainer, be_silent
 from .router import RouterSummary, RouterTrainer
@@ -35,5 +37,13 @@ def run(
         trainer = Trainer(config, device=device)
     try:
         return trainer.run(on_progress)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise TrainError(
+            f"train: the device's memory must hold a step, and it does not: {reason} Set "
+            "model.gradient_checkpointing=true, lower data.train_batch_size (and raise "
+            "training.gradient_accumulation_steps), or use more GPUs, with "
+            "distributed.ulysses_degree where one clip is too much."
+        ) from error
     finally:
         trainer.close()

@@ -9,6 +9,7 @@ all ranks.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -88,12 +89,29 @@ class World:
             return
         import diffusers
 
+        num_heads = transformer.config.num_attention_heads
+        if num_heads % self.ulysses_degree:
+            raise TrainError(
+                "train: distributed.ulysses_degree must divide the model's heads, got "
+                f"{self.ulysses_degree} and {num_heads}. Choose a divisor."
+            )
         assert self.mesh is not None
         config = cast(Any, diffusers).ContextParallelConfig(
             ulysses_degree=self.ulysses_degree, mesh=self.mesh["ring", "ulysses"]
         )
         with _countable_devices(self.device):
             transformer.enable_parallelism(config=config)
+
+    def check_tokens(self, transformer: Any, latents: Tensor) -> None:
+        """Raises TrainError if the tokens of latents (B, C, T, H, W) cannot be split evenly."""
+        sides = zip(latents.shape[2:], transformer.config.patch_size, strict=True)
+        num_tokens = math.prod(side // patch for side, patch in sides)
+        if num_tokens % self.ulysses_degree:
+            raise TrainError(
+                "train: distributed.ulysses_degree must divide the tokens of a clip, got "
+                f"{self.ulysses_degree} and {num_tokens}. Choose a divisor, or clips of another "
+                "size."
+            )
 
     def shard(self, transformer: Any) -> None:
         """Shards every block, and what is left, over all ranks."""

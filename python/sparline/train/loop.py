@@ -173,8 +173,10 @@ class Trainer:
         total = torch.zeros((), device=self.world.device)
         for micro in range(accumulation):
             number = self.step * accumulation + micro
+            batch = self.loader.batch(number)
+            self.world.check_tokens(self.transformer, batch.latents)
             noised = add_noise(
-                self.loader.batch(number),
+                batch,
                 self.loader.draws(number),
                 config.loss,
                 self.source.null_text,

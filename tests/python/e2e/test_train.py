@@ -24,6 +24,7 @@ import sparline
 from sparline import train
 from sparline.cli import app
 from sparline.train import checkpoint, setup
+from sparline.train.distributed import World
 from sparline.train.loop import Log, Trainer, schedule
 
 pytestmark = pytest.mark.e2e
@@ -407,6 +408,24 @@ def test_a_run_that_stays_not_finite_gives_up(
     poison(trainer, monkeypatch, set(range(2, 9)))
     with pytest.raises(train.TrainError, match=r"3 steps in a row were not \(step 4: loss nan"):
         trainer.run()
+
+
+def test_a_device_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_much(self: Trainer) -> tuple[float, float]:
+        raise torch.OutOfMemoryError("Tried to allocate 9 GiB.\nDetails")
+
+    monkeypatch.setattr(Trainer, "train_step", too_much)
+    with pytest.raises(train.TrainError, match=r"Tried to allocate 9 GiB\. Set model\.gradient_"):
+        train.run(training.make_config(tmp_path / "run"))
+
+
+def test_heads_and_tokens_split_evenly(tmp_path: Path) -> None:
+    model = setup.load_transformer(training.make_config(tmp_path / "run").model)
+    world = World(torch.device("cpu"), size=3, ulysses_degree=3)
+    with pytest.raises(train.TrainError, match="must divide the model's heads, got 3 and 2"):
+        world.split_sequence(model)
+    with pytest.raises(train.TrainError, match="must divide the tokens of a clip, got 3 and 32"):
+        world.check_tokens(model, torch.zeros(1, 3, 2, 8, 8))
 
 
 # The command line -------------------------------------------------------------------------------
