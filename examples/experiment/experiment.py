@@ -213,14 +213,12 @@ class Experiment:
 
     def describe(self, piece: Piece) -> dict[str, Any]:
         row = piece.row
-        size = self.settings["train"]["data"]
         described = {
             "experiment": self.settings["name"],
             "piece": piece.name,
             "kind": piece.kind,
             "num_tokens": self.grid.length,
-            "batch": size["train_batch_size"],
-            "steps": self.settings["train"]["training"]["max_train_steps"],
+            "overrides": self.args.set,
             "data": "generated textures" if self.args.data is None else "scenes",
             "device": describe_device()
             if self.device.type == "cpu"
@@ -334,6 +332,8 @@ class Experiment:
         steps = [line for line in lines if "grad_norm" in line and "ms" in line]
         curve = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
         told: dict[str, Any] = {
+            "batch": config.data.train_batch_size,
+            "steps": config.training.max_train_steps,
             "ms": statistics.median(line["ms"] for line in steps),
             "train_loss": [(line["step"], round(line["loss"], 5)) for line in steps],
             "held_out_curve": [(step, round(loss, 6)) for step, loss in curve],

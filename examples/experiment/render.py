@@ -89,7 +89,7 @@ def page(experiments: dict[str, list[Result]]) -> str:
     parts = [HEAD]
     for name, everything in experiments.items():
         results = rows_of(everything)
-        first = results[0]
+        first = next((r for r in results if not r["is_free"]), results[0])
         devices = ", ".join(sorted({r["device"] for r in results}))
         parts.append(
             f"## {first['num_tokens']:,} tokens\n".replace(",", " ")

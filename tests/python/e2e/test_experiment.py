@@ -177,6 +177,7 @@ def test_all_pieces_and_the_page(
         assert results[name]["density"] == pytest.approx(0.25, abs=0.1), name
     assert results["dense-seed0"]["density"] == 1.0
     assert results["sparse-0.25-seed0"]["held_out"] != results["sparse-0.25-seed1"]["held_out"]
+    assert {r["steps"] for r in results.values() if r["kind"] == "train"} == {6}
     curve = results["sla2-0.25-seed0"]["held_out_curve"]
     assert [step for step, _ in curve] == [3, 6]
     folder = toy / "out" / "toy"
