@@ -205,21 +205,22 @@ __device__ __forceinline__ float effective_lse(float lse_log2, float factor) {
 // rows of step n + 2. Rows past the end of a step repeat its last row: their P is zero.
 
 /// A thread's part of a step's copies: 16 bytes of each of kCopies rows, in a column of its own.
-template <int kThreads, class T, int kStepRows, int kCols>
+/// `thread`: of kThreads.
+template <int kThreads, int kStepRows, int kCols>
 struct StepCopy {
   static constexpr int kChunks = kCols / 8;
   static constexpr int kRowsAtOnce = kThreads / kChunks;
   static constexpr int kCopies = kStepRows / kRowsAtOnce;
 
-  static __device__ __forceinline__ int row(int piece) {
-    return static_cast<int>(threadIdx.x) / kChunks + piece * kRowsAtOnce;
-  }
-  static __device__ __forceinline__ int col() {
-    return static_cast<int>(threadIdx.x) % kChunks * 8;
-  }
-  /// Bytes from the start of a tile (SharedTile) to this thread's part of its first row.
-  static __device__ __forceinline__ uint32_t first_bytes() {
-    return static_cast<uint32_t>(row(0) * kCols * 2 + ((col() / 8) ^ (row(0) & 7)) * 16);
+  int first_row, col;
+
+  __device__ __forceinline__ explicit StepCopy(int thread)
+      : first_row(thread / kChunks), col(thread % kChunks * 8) {}
+
+  __device__ __forceinline__ int row(int piece) const { return first_row + piece * kRowsAtOnce; }
+  /// Bytes from the start of a tile (SharedTile) to the first of them.
+  __device__ __forceinline__ uint32_t first_bytes() const {
+    return static_cast<uint32_t>(first_row * kCols * 2 + ((col / 8) ^ (first_row & 7)) * 16);
   }
   /// Where a piece goes; `first`: where the first one does.
   static __device__ __forceinline__ SharedAddress target(SharedAddress first, int piece) {
@@ -272,54 +273,64 @@ struct LanePattern {
 };
 
 /// x (16 kM x 8 kN) += A B^T over kCols in steps of 16. `a` and `b`: where the lane reads them, see
-/// LanePattern.
+/// LanePattern. Fragments are read a step ahead: the compiler moves no read of shared memory over
+/// another step's products.
 template <class T, int kCols, int kM, int kN, class Between>
 __device__ __forceinline__ void multiply_rows(float (&x)[kM][kN][4], SharedAddress a,
                                               SharedAddress b, const Between& between) {
-#pragma unroll
-  for (int col = 0; col < kCols; col += 16) {
-    uint32_t fragment_a[kM][4], fragment_b[kN / 2][4];  // (16 kM, 16), (8 kN, 16)
-    const SharedAddress a_col = a ^ static_cast<uint32_t>(2 * col);
-    const SharedAddress b_col = b ^ static_cast<uint32_t>(2 * col);
+  constexpr int kSteps = kCols / 16;
+  uint32_t fragment_a[2][kM][4], fragment_b[2][kN / 2][4];  // (16 kM, 16), (8 kN, 16)
+  const auto load = [&](int step) {
+    const SharedAddress a_col = a ^ static_cast<uint32_t>(32 * step);
+    const SharedAddress b_col = b ^ static_cast<uint32_t>(32 * step);
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
-      ldmatrix_x4(fragment_a[m], a_col + static_cast<uint32_t>(32 * m * kCols));
+      ldmatrix_x4(fragment_a[step % 2][m], a_col + static_cast<uint32_t>(32 * m * kCols));
     }
 #pragma unroll
     for (int n = 0; n < kN / 2; ++n) {
-      ldmatrix_x4(fragment_b[n], b_col + static_cast<uint32_t>(32 * n * kCols));
+      ldmatrix_x4(fragment_b[step % 2][n], b_col + static_cast<uint32_t>(32 * n * kCols));
     }
-    between(col / 16);
+  };
+  load(0);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    if (step + 1 < kSteps) load(step + 1);
+    between(step);
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        mma<T>(x[m][n], fragment_a[m], fragment_b[n / 2][n % 2 * 2],
-               fragment_b[n / 2][n % 2 * 2 + 1]);
+        mma<T>(x[m][n], fragment_a[step % 2][m], fragment_b[step % 2][n / 2][n % 2 * 2],
+               fragment_b[step % 2][n / 2][n % 2 * 2 + 1]);
       }
     }
   }
 }
 
-/// x (16 kM x 8 kN) += A B: A (16 kM x 16 kK) in registers, lanes read B (16 kK x 8 kN) at `b`.
-/// Steps of 16 columns, kN / 2 for each k.
+/// x (16 kM x 8 kN) += A B: A (16 kM x 16 kK) in registers, lanes read B (16 kK x 8 kN) at `b`, a
+/// step ahead. Steps of 16 columns, kN / 2 for each k.
 template <class T, int kM, int kK, int kN, class Between>
 __device__ __forceinline__ void multiply_fragments(float (&x)[kM][kN][4],
                                                    const uint32_t (&a)[kM][kK][4], SharedAddress b,
                                                    const Between& between) {
+  constexpr int kSteps = kK * kN / 2;
+  uint32_t fragment_b[2][4];  // (16, 16)
+  const auto load = [&](int step) {
+    const int k = step / (kN / 2), n = step % (kN / 2) * 2;
+    ldmatrix_x4_trans(fragment_b[step % 2],
+                      (b ^ static_cast<uint32_t>(16 * n)) + static_cast<uint32_t>(32 * k * 8 * kN));
+  };
+  load(0);
 #pragma unroll
-  for (int k = 0; k < kK; ++k) {
+  for (int step = 0; step < kSteps; ++step) {
+    const int k = step / (kN / 2), n = step % (kN / 2) * 2;
+    if (step + 1 < kSteps) load(step + 1);
+    between(step);
 #pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      uint32_t fragment_b[4];  // (16, 16)
-      ldmatrix_x4_trans(
-          fragment_b, (b ^ static_cast<uint32_t>(16 * n)) + static_cast<uint32_t>(32 * k * 8 * kN));
-      between(k * (kN / 2) + n / 2);
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        mma<T>(x[m][n], a[m][k], fragment_b[0], fragment_b[1]);
-        mma<T>(x[m][n + 1], a[m][k], fragment_b[2], fragment_b[3]);
-      }
+    for (int m = 0; m < kM; ++m) {
+      mma<T>(x[m][n], a[m][k], fragment_b[step % 2][0], fragment_b[step % 2][1]);
+      mma<T>(x[m][n + 1], a[m][k], fragment_b[step % 2][2], fragment_b[step % 2][3]);
     }
   }
 }

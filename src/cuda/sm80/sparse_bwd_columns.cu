@@ -18,6 +18,7 @@
 // ready by then, so that a turn needs one barrier and no warp carries numbers from one to the next:
 //   first:   S_n, P_n = exp(S_n - lse), dV += P_n^T dO_n
 //   second:  dP_{n-1}, dS_{n-1} = P_{n-1} (dP_{n-1} - delta), dK += dS_{n-1}^T Q_{n-1}
+// The second two also copy the rows of the next step: the exponentials take the first as long.
 // What comes between two products is done for the first 16 rows of the step before the second
 // product, and for the others under it.
 #include "cuda/sm80/sparse_bwd.cuh"
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinCtas)
   constexpr int kColSteps = kHeadDim / 16;
   using KeyTile = SharedTile<T, kKeys, kHeadDim>;
   using QueryTile = SharedTile<T, kStepRows, kHeadDim>;
-  using Copy = StepCopy<kThreads, T, kStepRows, kHeadDim>;
+  using Copy = StepCopy<kThreads / 2, kStepRows, kHeadDim>;
 
   SPARLINE_DYNAMIC_SHARED(shared);
   const KeyTile k_tile{reinterpret_cast<T*>(shared)};
@@ -137,6 +138,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinCtas)
     clear_columns<kThreads>(QueryTile{reinterpret_cast<T*>(tiles)}, head_dim);
     clear_columns<kThreads>(QueryTile{reinterpret_cast<T*>(tiles + Shape::kTileBytes)}, head_dim);
   }
+  const Copy copies(thread % (kThreads / 2));
   const LanePattern<kHeadDim> pattern(lane);
   const SharedAddress origin = shared_address(shared);
   const SharedAddress own =  // K or V
@@ -178,13 +180,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinCtas)
   const T* q_from;  // this thread's column of the head
   const T* d_o_from;
   const auto point_to_head = [&](int32_t g) {
-    q_from = p.q.head<T>(at.b, at.h_kv * group + g) + Copy::col();
-    d_o_from = p.d_o.head<T>(at.b, at.h_kv * group + g) + Copy::col();
+    q_from = p.q.head<T>(at.b, at.h_kv * group + g) + copies.col;
+    d_o_from = p.d_o.head<T>(at.b, at.h_kv * group + g) + copies.col;
   };
   point_to_head(0);
   const uint32_t q_row_bytes = static_cast<uint32_t>(p.q.stride_n * sizeof(T));
   const uint32_t d_o_row_bytes = static_cast<uint32_t>(p.d_o.stride_n * sizeof(T));
-  const bool is_column = is_vectorised && Copy::col() < head_dim;
+  const bool is_column = !is_first && is_vectorised && copies.col < head_dim;
 
   float sum[kM][kHeadDim / 8][4] = {};  // dV or dK (16 kM, D)
   typename Shape::Steps steps(shared + Shape::kSteps, p.frame.queries, block.other_begin,
@@ -210,14 +212,14 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinCtas)
 
     // Step `turn - 1`: its rows, between the products.
     const bool is_copying = is_column && next.num_rows > 0;
-    const SharedAddress copy_to = next_stage + Copy::first_bytes();
+    const SharedAddress copy_to = next_stage + copies.first_bytes();
     uint32_t row = 0;
     const auto copy = [&](int item) {
       const int piece = item / 2;
       const bool is_d_o = item % 2 != 0;
       if (!is_d_o) {
-        const int r = Copy::row(piece) < next.num_rows ? Copy::row(piece) : next.num_rows - 1;
-        row = static_cast<uint32_t>(has_order ? sources[next.place + Copy::row(piece)]
+        const int r = copies.row(piece) < next.num_rows ? copies.row(piece) : next.num_rows - 1;
+        row = static_cast<uint32_t>(has_order ? sources[next.place + copies.row(piece)]
                                               : next.first + r);
       }
       const uint64_t offset = uint64_t{row} * (is_d_o ? d_o_row_bytes : q_row_bytes);
@@ -242,23 +244,23 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinCtas)
     const int lag = is_first ? 2 : 3;
     if (is_idle || ahead.num_rows(lag) == 0) {
 #pragma unroll
-      for (int item = 0; item < 2 * Copy::kCopies; ++item) copy(item);
+      for (int item = 0; item < 2 * Copy::kCopies && !is_first; ++item) copy(item);
     } else if (is_first) {
       const float* const lse = lse_ring + ahead.place(2) + lane % 4 * 2;
       unsigned char* const to = exchange + turn % 2 * Shape::kExchangeBytes;
       float x[kM][kN][4] = {};  // S^T, then P^T (16 kM, kStepRows)
       uint32_t p_t[kM][kK][4];  // P^T, rounded
-      multiply_rows<T, kHeadDim>(x, own, now_stage + pattern.b, [&](int step) {
-        spread<2 * Copy::kCopies, kColSteps>(step, copy);
-      });
+      float2 row_lse[kN];
+#pragma unroll
+      for (int n = 0; n < kN; ++n) row_lse[n] = *reinterpret_cast<const float2*>(lse + 8 * n);
+      multiply_rows<T, kHeadDim>(x, own, now_stage + pattern.b, [](int) {});
       const auto make = [&](int m, int k) {
 #pragma unroll
         for (int n = 2 * k; n < 2 * k + 2; ++n) {
-          const float2 row_lse = *reinterpret_cast<const float2*>(lse + 8 * n);
-          x[m][n][0] = exp2_approx(fmaf(x[m][n][0], scale_log2, -row_lse.x));
-          x[m][n][1] = exp2_approx(fmaf(x[m][n][1], scale_log2, -row_lse.y));
-          x[m][n][2] = exp2_approx(fmaf(x[m][n][2], scale_log2, -row_lse.x));
-          x[m][n][3] = exp2_approx(fmaf(x[m][n][3], scale_log2, -row_lse.y));
+          x[m][n][0] = exp2_approx(fmaf(x[m][n][0], scale_log2, -row_lse[n].x));
+          x[m][n][1] = exp2_approx(fmaf(x[m][n][1], scale_log2, -row_lse[n].y));
+          x[m][n][2] = exp2_approx(fmaf(x[m][n][2], scale_log2, -row_lse[n].x));
+          x[m][n][3] = exp2_approx(fmaf(x[m][n][3], scale_log2, -row_lse[n].y));
         }
         round_fragment<T>(p_t[m][k], x[m][2 * k], x[m][2 * k + 1]);
         *reinterpret_cast<uint4*>(to + (m * kK + k) * kWarpSize * 16) =

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::min_ctas(kExtra))
   constexpr bool kHasPolicy = kExtra == RowExtra::kPolicy;
   using QueryTile = SharedTile<T, kRows, kHeadDim>;
   using KeyTile = SharedTile<T, kStepRows, kHeadDim>;
-  using Copy = StepCopy<kThreads, T, kStepRows, kHeadDim>;
+  using Copy = StepCopy<kThreads, kStepRows, kHeadDim>;
 
   // Shared memory.
   SPARLINE_DYNAMIC_SHARED(shared);
@@ -167,17 +167,18 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::min_ctas(kExtra))
                               head_dim);
     }
 
+    const Copy copies(thread);
     const LanePattern<kHeadDim> pattern(lane);
     const int warp_row = warp * 16 * kM;
     const bool is_idle = warp_row >= num_rows;
     const SharedAddress q_at =
         shared_address(shared) + static_cast<uint32_t>(warp_row * kHeadDim * 2) + pattern.a;
     const float scale_log2 = fmaxf(p.scale * kLog2E, kLeastScale);
-    const T* const k_column = p.k.head<T>(at.b, at.h_kv) + Copy::col();
-    const T* const v_column = p.v.head<T>(at.b, at.h_kv) + Copy::col();
+    const T* const k_column = p.k.head<T>(at.b, at.h_kv) + copies.col;
+    const T* const v_column = p.v.head<T>(at.b, at.h_kv) + copies.col;
     const uint32_t k_row_bytes = static_cast<uint32_t>(p.k.stride_n * sizeof(T));
     const uint32_t v_row_bytes = static_cast<uint32_t>(p.v.stride_n * sizeof(T));
-    const bool is_column = is_vectorised && Copy::col() < head_dim;
+    const bool is_column = is_vectorised && copies.col < head_dim;
     const bool has_order = p.k.order != nullptr;
     float d_q[kM][kHeadDim / 8][4] = {};  // (16 kM, D)
     float d_s_sum[kM][2] = {};            // rowsum(dS), this lane's part
@@ -215,14 +216,14 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::min_ctas(kExtra))
       unsigned char* const next_stage = stages + (turn + 1) % 2 * 2 * Shape::kStageBytes;
       const bool is_copying = is_column && next.num_rows > 0;
       const int32_t* const next_rows = sources + (turn + kRing - 1) % kRing * kStepRows;
-      const SharedAddress copy_to = shared_address(next_stage) + Copy::first_bytes();
+      const SharedAddress copy_to = shared_address(next_stage) + copies.first_bytes();
       uint32_t row = 0;
       const auto copy = [&](int item) {
         const int piece = item / 2;
         const bool is_v = item % 2 != 0;
         if (!is_v) {
-          const int r = Copy::row(piece) < next.num_rows ? Copy::row(piece) : next.num_rows - 1;
-          row = static_cast<uint32_t>(has_order ? next_rows[Copy::row(piece)] : next.first + r);
+          const int r = copies.row(piece) < next.num_rows ? copies.row(piece) : next.num_rows - 1;
+          row = static_cast<uint32_t>(has_order ? next_rows[copies.row(piece)] : next.first + r);
         }
         const uint64_t offset = uint64_t{row} * (is_v ? v_row_bytes : k_row_bytes);
         const void* const from = reinterpret_cast<const char*>(is_v ? v_column : k_column) + offset;
