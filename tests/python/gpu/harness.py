@@ -17,8 +17,9 @@ the machine epsilon of what is stored: that of the dtype, or bfloat16's with a l
   overall   the L2 norm of the error: at most twice the noise and one grain of the result's norm
   row       the L2 norm of the worst row: at most twice the noise and four grains of the largest row
 
-Where noise is larger than the result, nothing of which is left then, its size alone is compared:
-errors up to 16 times as large pass.
+Where noise is more than half of the result, little of which is left, its size alone is compared:
+errors up to 16 times as large pass. Under a soft map the L2 rules allow four grains: the backward
+takes rowsum(dO o) from o as it is stored, whose rounding a small m magnifies.
 """
 
 from __future__ import annotations
@@ -338,6 +339,11 @@ class Judge:
         dtype = torch.bfloat16 if has_states else self.case.torch_dtype
         return torch.finfo(dtype).eps
 
+    @property
+    def is_soft(self) -> bool:
+        method = self.case.method
+        return isinstance(method, SLA2) and method.router_mode != "hard"
+
     def hold(self, what: str, error: float, bound: float, rule: str, detail: str = "") -> None:
         share = 0.0 if error == 0.0 else error / bound if bound > 0 else math.inf
         share = math.inf if math.isnan(share) else share
@@ -367,7 +373,7 @@ class Judge:
         noise = max([x for x in errors if math.isfinite(x)], default=0.0)
         floor = (FLOOR_ULPS * grain + slack) * max(largest, magnitude)
         detail = f" (largest {largest:.3e}, noise {noise:.3e})"
-        times = NOISES if noise < largest else LOST_NOISES
+        times = NOISES if noise < largest / 2 else LOST_NOISES
         self.hold(what, max_error(actual, exact), times * noise + floor, "largest", detail)
         if only_largest:
             return
@@ -385,8 +391,9 @@ class Judge:
             size, row_size = 4 * size, 4 * row_size
         tiny = 1e-6 * max(1.0, magnitude)
         number, width = exact.numel() ** 0.5, exact.shape[-1] ** 0.5
-        times = NOISES if noise < size else LOST_NOISES
-        bound = times * noise + (OVERALL_GRAINS * grain + slack) * size + tiny * number
+        times = NOISES if noise < size / 2 else LOST_NOISES
+        grains = ROW_GRAINS if self.is_soft else OVERALL_GRAINS
+        bound = times * noise + (grains * grain + slack) * size + tiny * number
         self.hold(what, error, bound, "overall", f" (size {size:.3e}, noise {noise:.3e})")
         bound = times * row_noise + (ROW_GRAINS * grain + slack) * row_size + tiny * width
         self.hold(what, row_error, bound, "row", f" (row {row_size:.3e}, noise {row_noise:.3e})")
@@ -403,7 +410,7 @@ class Judge:
         bound = noise + (0.125 + 16 * self.grain) * largest + 16 * rounding
         self.hold(what, max_error(actual, exact), bound, "largest", f" (largest {largest:.3e})")
         noise = max([(x.double() - exact).norm().item() for x in noises], default=0.0)
-        bound = noise + (5e-3 + 1.5 * self.grain) * size + rounding * exact.numel() ** 0.5
+        bound = noise + (6e-3 + 1.5 * self.grain) * size + rounding * exact.numel() ** 0.5
         error = (actual - exact).norm().item()
         self.hold(what, error, bound, "overall", f" (size {size:.3e}, noise {noise:.3e})")
         self.found[what]["l2"] = error / size if size > 0 else 0.0
@@ -414,8 +421,7 @@ class Judge:
         low_bit = method.low_bit is not None
         if actual.o.dtype != case.torch_dtype or actual.lse.dtype != torch.float32:
             self.failures.append(f"dtypes: o {actual.o.dtype}, lse {actual.lse.dtype}")
-        is_soft = isinstance(method, SLA2) and method.router_mode != "hard"
-        slack = 2e-5 if is_soft else 0.0
+        slack = 2e-5 if self.is_soft else 0.0
         is_relu = getattr(method, "feature_map", "") == "relu"
         magnitude = case.head_dim**0.5 * (10.0 if is_relu else 1.0)
         of_map = {"block_map": 100.0 * case.block_shape[0] ** 0.5}
