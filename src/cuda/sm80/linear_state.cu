@@ -446,12 +446,15 @@ void launch_hedgehog(const LinearParams& params, const HedgehogJob& job, int64_t
 }
 
 // Sums of states: the GEMM -----------------------------------------------------------------------
-// A thread block makes (128 x 256) of the sums of one head: 8 warps of 64 x 64, which read 4 KiB of
-// fragments for 32 mma, as much as shared memory gives in that time. K goes in chunks of 32 through
-// a ring of four stages, 24 KiB each: 96 KiB fit every architecture from sm_80 on.
+// A thread block makes (128 x 128) of the sums of one head: 4 warps of 64 x 64, which read 4 KiB of
+// fragments for 32 mma, as much as shared memory gives in that time. Two share a multiprocessor, so
+// that one multiplies while the other starts or ends. K goes in chunks of 32 through a ring of four
+// stages, 16 KiB each.
 
-constexpr int kTileM = 128, kTileN = 256, kTileK = 32, kStages = 4;
+constexpr int kTileM = 128, kTileN = 128, kTileK = 32, kStages = 4;
 constexpr int kStageBytes = (kTileM + kTileN) * kTileK * 2;
+constexpr int kSumsThreads = 128;
+constexpr int kColVectors = kTileN / 8;
 
 /// A (kRows x 32) tile; as SharedTile, with two rows in each 128 bytes.
 template <int kRows>
@@ -492,10 +495,10 @@ class ChunkLoader {
     const int thread = static_cast<int>(threadIdx.x);
     const int64_t head = kIsTransposed ? int64_t{matrix} * job.group : matrix;
     const int64_t states_matrix = kIsTransposed ? head : matrix / job.group;
-    b_row_ = thread / 32;
-    b_first_ = job.states + (states_matrix * job.num_states + begin + b_row_) * job.width +
-               first_n + thread % 32 * 8;
-    is_b_col_ = first_n + thread % 32 * 8 < job.width;
+    b_row_ = thread / kColVectors;
+    const int32_t b_col = first_n + thread % kColVectors * 8;
+    b_first_ = job.states + (states_matrix * job.num_states + begin + b_row_) * job.width + b_col;
+    is_b_col_ = b_col < job.width;
     a_first_ = job.weights + head * job.planes * plane_elements();
     if constexpr (kIsTransposed) {  // (32 query blocks x 128 key blocks)
       const int32_t col = first_m + thread % 16 * 8;
@@ -515,22 +518,22 @@ class ChunkLoader {
   __device__ __forceinline__ void load(bf16* a_tile, bf16* b_tile) {
     if (left_ <= 0) return;
     const int thread = static_cast<int>(threadIdx.x);
-    bf16* const b_to = SharedTile<bf16, kTileK, kTileN>{b_tile}.chunk(b_row_, thread % 32);
+    bf16* const b_to = SharedTile<bf16, kTileK, kTileN>{b_tile}.chunk(b_row_, thread % kColVectors);
 #pragma unroll
-    for (int r = 0; r < kTileK; r += kThreads / 32) {  // multiples of 8: swizzled alike
+    for (int r = 0; r < kTileK; r += kSumsThreads / kColVectors) {  // 8: swizzled alike
       cp_async_16(b_to + r * kTileN, b_ + r * job_.width, is_b_col_ && b_row_ + r < left_);
     }
     if constexpr (kIsTransposed) {
       bf16* const a_to = SharedTile<bf16, kTileK, kTileM>{a_tile}.chunk(a_row_, thread % 16);
 #pragma unroll
-      for (int r = 0; r < kTileK; r += kThreads / 16) {
+      for (int r = 0; r < kTileK; r += kSumsThreads / 16) {
         cp_async_16(a_to + r * kTileM, a_ + r * job_.weights_width,
                     r < num_a_ && a_row_ + r < left_);
       }
     } else {
       bf16* const a_to = NarrowTile<kTileM>{a_tile}.chunk(thread / 4, thread % 4);
 #pragma unroll
-      for (int r = 0; r < kTileM; r += kThreads / 4) {
+      for (int r = 0; r < kTileM; r += kSumsThreads / 4) {
         cp_async_16(a_to + r * kTileK, a_ + r * job_.weights_width, r < num_a_ && a_row_ < left_);
       }
     }
@@ -564,7 +567,7 @@ class ChunkLoader {
 };
 
 template <bool kIsTransposed>
-__global__ __launch_bounds__(kThreads, 1) void aggregate_kernel(SumsJob job) {
+__global__ __launch_bounds__(kSumsThreads, 2) void aggregate_kernel(SumsJob job) {
   begin_kernel();
   SPARLINE_DYNAMIC_SHARED(shared);
   const auto b_tile = [&](int stage) {
@@ -670,12 +673,13 @@ __global__ __launch_bounds__(kThreads, 1) void aggregate_kernel(SumsJob job) {
     }
   }
   __syncthreads();
-  const int32_t col = first_n + thread % 32 * 8, row = thread / 32;
+  const int32_t col = first_n + thread % kColVectors * 8, row = thread / kColVectors;
   const int32_t rest = col < job.width ? job.num_sums - first_m - row : 0;
   bf16* to = job.sums + (int64_t{matrix} * job.num_sums + first_m + row) * job.width + col;
+  constexpr int kRowsAtOnce = kSumsThreads / kColVectors;
 #pragma unroll 8
-  for (int r = 0; r < kTileM; r += kThreads / 32, to += kThreads / 32 * job.width) {
-    const uint4 vector = *reinterpret_cast<const uint4*>(out.chunk(row + r, thread % 32));
+  for (int r = 0; r < kTileM; r += kRowsAtOnce, to += kRowsAtOnce * job.width) {
+    const uint4 vector = *reinterpret_cast<const uint4*>(out.chunk(row + r, thread % kColVectors));
     if (r < rest) *reinterpret_cast<uint4*>(to) = vector;
   }
 }
@@ -825,7 +829,7 @@ void aggregate(const LinearParams& params, const bf16_t* weights, int64_t width,
   const int64_t num_matrices = int64_t{params.wave.count} * (is_transposed ? 1 : job.group);
   launch(is_transposed ? aggregate_kernel<true> : aggregate_kernel<false>,
          {.blocks = num_matrices * job.tiles_m * job.tiles_n,
-          .threads = kThreads,
+          .threads = kSumsThreads,
           .shared_bytes = kStages * kStageBytes},
          stream, job);
 }
