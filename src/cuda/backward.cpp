@@ -49,7 +49,7 @@ struct BackwardSpace {
       params.forward.wave.count = static_cast<int32_t>(pairs);
       return linear_backward_bytes(params);
     };
-    const int64_t budget = std::max(kFreeWaveBytes, q_bytes(p) * 4 / 5);
+    const int64_t budget = std::max(kFreeWaveBytes, q_bytes(p) * 16 / 5);
     pairs_per_wave = cuda::pairs_per_wave(num_pairs(p), plan.heads_per_wave, budget, wave_bytes);
     Arena sums;
     sums.take<float>(sum_floats);
