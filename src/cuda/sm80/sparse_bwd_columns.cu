@@ -314,7 +314,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinCtas)
     next_stage = free_stage;
   }
 
-  // Epilogue.
+  // Epilogue, in place of tiles that a CTA without a step has not waited for.
+  cp_async_wait<0>();
   __syncthreads();
   (is_first ? d_v_result : d_k_result).put(sum, warp_key, lane);
   __syncthreads();

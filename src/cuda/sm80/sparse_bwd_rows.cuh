@@ -365,7 +365,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::min_ctas(kExtra))
       if ((ahead.rows & 0xffff) == 0 && !has_map_sum) break;
     }
 
-    // Epilogue.
+    // Epilogue, in place of tiles that a CTA without a step has not waited for.
+    cp_async_wait<0>();
     __syncthreads();
     result.put(d_q, warp_row, lane);
 #pragma unroll
