@@ -404,21 +404,23 @@ class Bench:
         options = {"method": method, "weights": weights, "grid": grid_of(row)}
         if row.part != "sparse":
             return [partial(sparline.attention, **options)] * len(sets), learned
-        maps = [self.route(row, q, k) for q, k, _ in sets]
+        route = self.router(row)
+        maps = [route(q, k) for q, k, _ in sets]
         return [partial(sparline.attention, block_map=m, **options) for m in maps], learned
 
-    def route(self, row: Row, q: Tensor, k: Tensor) -> Tensor:
+    def router(self, row: Row) -> Callable[[Tensor, Tensor], Tensor]:
+        """From q and k to the block map. Its weights are on the device before it is timed."""
         assert row.method is not None
         weights = weights_of(row.method, row.workload, self.device)
         router = Weights(router_q=weights.router_q, router_k=weights.router_k)
-        return sparline.route(q, k, method=row.method, weights=router, grid=grid_of(row))
+        return partial(sparline.route, method=row.method, weights=router, grid=grid_of(row))
 
     def measure(self, row: Row) -> dict[str, Any]:
         sets = self.inputs(row)
         told = self.describe(row, sets)
         if row.part == "router":
-            assert row.method is not None
-            runs: list[Callable[[], Any]] = [partial(self.route, row, q, k) for q, k, _ in sets]
+            route = self.router(row)
+            runs: list[Callable[[], Any]] = [partial(route, q, k) for q, k, _ in sets]
             with torch.no_grad():
                 return {**told, **self.clock.time(runs)}
         operators, learned = self.operator(row, sets)
@@ -467,7 +469,7 @@ class Bench:
             sample: Any = SimpleNamespace(q=q, k=k, v=v, grid=workload.place)
             sparsity = 1.0 - kept_share(method, sample)
         elif method.recipe.router is not None:
-            block_map = self.route(row, sets[0][0], sets[0][1])
+            block_map = self.router(row)(sets[0][0], sets[0][1])
             sparsity = block_sparsity(block_map)
         is_linear = method is not None and method.recipe.has_linear_branch
         kept: float | None = 1.0 - (tile_sparsity or sparsity)
