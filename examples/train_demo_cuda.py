@@ -277,7 +277,7 @@ def plot(path: Path, report: dict[str, Any]) -> None:
         values = smooth(curve["loss"], window)
         is_ours = name.startswith("sparline")
         style = {"lw": 1.8 if is_ours else 1.0, "ls": "-" if is_ours else "--"}
-        (line,) = top.plot(steps, values, label=f"{name}, {curve['ms']:.0f} ms a step", **style)
+        (line,) = top.plot(steps, values, label=name, **style)
         if name != "torch":
             difference = [x - y for x, y in zip(values, base, strict=True)]
             bottom.plot(steps, difference, color=line.get_color(), **style)
