@@ -67,16 +67,8 @@ message(STATUS "sparline: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${SPARLINE_CUD
 # Kernels are objects of their own, so that what links the library needs no CUDA compiler to do so.
 file(GLOB SPARLINE_CUDA_SOURCES CONFIGURE_DEPENDS src/cuda/*.cpp)
 file(GLOB_RECURSE kernels CONFIGURE_DEPENDS src/cuda/*.cu)
-add_library(sparline_kernels OBJECT ${kernels})
-target_include_directories(
-  sparline_kernels
-  PRIVATE ${PROJECT_SOURCE_DIR}/include ${PROJECT_SOURCE_DIR}/src
-)
-target_compile_options(sparline_kernels PRIVATE --expt-relaxed-constexpr)
-set_target_properties(
-  sparline_kernels
-  PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden
-)
+file(GLOB kernels_sm90 CONFIGURE_DEPENDS src/cuda/sm90/*.cu)
+list(REMOVE_ITEM kernels ${kernels_sm90})
 # A spilled register costs a fast kernel more than most mistakes do, so it is an error, but in units where some kernel is
 # short of a few of them outside its main loop, or serves head dims above 128, which are there to be right.
 set(
@@ -93,11 +85,26 @@ set(
   sparse_bwd_rows_64
   sparse_fwd_128
 )
+set(spills_are_errors "-Xptxas=--warn-on-spills,--warning-as-error")
+function(sparline_add_kernels name)
+  add_library(${name} OBJECT ${ARGN})
+  target_include_directories(
+    ${name}
+    PRIVATE ${PROJECT_SOURCE_DIR}/include ${PROJECT_SOURCE_DIR}/src
+  )
+  target_compile_options(${name} PRIVATE --expt-relaxed-constexpr)
+  set_target_properties(
+    ${name}
+    PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden
+  )
+endfunction()
+sparline_add_kernels(sparline_kernels ${kernels})
+set(SPARLINE_CUDA_OBJECTS $<TARGET_OBJECTS:sparline_kernels>)
 foreach(file IN LISTS kernels)
   get_filename_component(unit ${file} NAME_WE)
   set(options "")
   if(NOT unit IN_LIST may_spill)
-    set(options "-Xptxas=--warn-on-spills,--warning-as-error")
+    set(options "${spills_are_errors}")
   endif()
   # Products of fp8 values exist from 8.9 on.
   if(file MATCHES "low_bit[^/]*\\.cu$" AND "80-real" IN_LIST SPARLINE_CUDA_ARCHITECTURES)
@@ -105,3 +112,11 @@ foreach(file IN LISTS kernels)
   endif()
   set_source_files_properties(${file} PROPERTIES COMPILE_OPTIONS "${options}")
 endforeach()
+# Hopper's own instructions are code for 9.0 alone, of the architecture 90a.
+if(SPARLINE_CUDA_ARCHITECTURES MATCHES "(^|;)90a?(-real)?(;|$)")
+  sparline_add_kernels(sparline_kernels_sm90 ${kernels_sm90})
+  target_compile_options(sparline_kernels_sm90 PRIVATE ${spills_are_errors})
+  set_target_properties(sparline_kernels_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
+  target_compile_definitions(sparline_kernels PRIVATE SPARLINE_WITH_SM90)
+  list(APPEND SPARLINE_CUDA_OBJECTS $<TARGET_OBJECTS:sparline_kernels_sm90>)
+endif()

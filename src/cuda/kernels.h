@@ -87,6 +87,9 @@ struct SparseForward {
   const float* v_steps = nullptr;    // of the wave (pairs, num_sequences, D)
 };
 void sparse_forward(const SparseForward& params, void* stream);
+/// The same on Hopper; false, and nothing is launched, where it does not serve the device or the
+/// problem. Only in builds with SPARLINE_WITH_SM90. sm90/sparse_fwd.cu
+bool sparse_forward_sm90(const SparseForward& params, void* stream);
 void sparse_forward_low_bit(const SparseForward& params, void* stream);
 /// Bytes of k_codes, and of v_codes: whole blocks of keys, both sides padded. common/quantise.cu
 int64_t code_bytes(const Frame& frame, int64_t pairs);

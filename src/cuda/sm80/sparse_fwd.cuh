@@ -15,6 +15,7 @@
 
 #include <algorithm>
 
+#include "cuda/common/query_place.cuh"
 #include "cuda/common/row_scan.cuh"
 #include "cuda/common/tile.cuh"
 #include "cuda/kernels.h"
@@ -49,23 +50,6 @@ struct SparseForwardTraits {
            (has_skip ? kMaxGroups * RowScan::bytes(num_key_blocks) : 0);
   }
 };
-
-/// Which query block a CTA works on.
-struct QueryPlace {
-  int32_t b, h, h_kv, i;
-  BlockInfo block;
-};
-
-/// CTAs of a head are neighbours, so that its keys and values stay in the cache.
-__device__ __forceinline__ QueryPlace query_place(const Frame& frame, const Wave& wave,
-                                                  uint32_t idx) {
-  const int32_t num_blocks = frame.queries.num_blocks, group = frame.group();
-  const auto head = static_cast<int32_t>(idx / num_blocks);  // of the wave
-  const auto i = static_cast<int32_t>(idx % num_blocks);
-  const int32_t pair = wave.first + head / group;
-  const int32_t h_kv = pair % frame.num_kv_heads;
-  return {pair / frame.num_kv_heads, h_kv * group + head % group, h_kv, i, frame.queries.block(i)};
-}
 
 /// What a CTA keeps in shared memory beside its tiles.
 template <class Traits>

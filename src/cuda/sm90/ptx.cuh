@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The PTX of Hopper that CUDA C++ has no function for: mbarriers, the tensor copy engine, products
+// of warpgroups. sm_90a only.
+//
+// Products (wgmma) are of a warpgroup, four warps: D 64xN (float32) += A 64x16 B 16xN. Each warp
+// holds 16 rows of A and D, laid out as fragments of mma 16x8 (common/ptx.cuh): d[4 n + e] is
+// element e of the n-th 16x8, a[0..3] the A fragment. B lies in shared memory.
+#pragma once
+
+#include <cuda.h>
+
+#include "cuda/common/platform.cuh"
+
+namespace sparline::cuda {
+
+// Barriers in shared memory -----------------------------------------------------------------------
+
+/// Counts arrivals and bytes on their way; a phase ends when none is missing.
+using Barrier = uint64_t;
+
+__device__ __forceinline__ void init(Barrier& barrier, uint32_t num_arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)),
+               "r"(num_arrivals)
+               : "memory");
+}
+/// After the last init, before the barrier of threads that makes them known to all.
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void arrive(Barrier& barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier))
+               : "memory");
+}
+/// Arrives, and makes the phase wait for `bytes` more bytes of tensor copies.
+__device__ __forceinline__ void arrive_expecting(Barrier& barrier, uint32_t bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)),
+      "r"(bytes)
+      : "memory");
+}
+/// Waits until the phase of this parity has ended.
+__device__ __forceinline__ void wait(Barrier& barrier, uint32_t parity) {
+  const SharedAddress address = shared_address(&barrier);
+  [[maybe_unused]] int num_polls = 0;
+  uint32_t is_done = 0;
+  do {
+    asm volatile(
+        "{ .reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p; }"
+        : "=r"(is_done)
+        : "r"(address), "r"(parity)
+        : "memory");
+#ifdef SPARLINE_WATCHDOG
+    if (++num_polls > SPARLINE_WATCHDOG) __trap();
+#endif
+  } while (is_done == 0);
+}
+
+/// One of the barriers of threads beside that of __syncthreads, 1 to 15: `num_threads` threads
+/// meet, of which some wait and others only arrive.
+__device__ __forceinline__ void sync_named(int idx, int num_threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(idx), "r"(num_threads) : "memory");
+}
+__device__ __forceinline__ void arrive_named(int idx, int num_threads) {
+  asm volatile("barrier.arrive %0, %1;" ::"r"(idx), "r"(num_threads) : "memory");
+}
+
+// Registers ---------------------------------------------------------------------------------------
+
+/// All warps of a warpgroup, each warpgroup once, in a kernel of __launch_bounds__(threads, 1).
+template <int kRegisters>
+__device__ __forceinline__ void give_back_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// The tensor copy engine --------------------------------------------------------------------------
+
+/// Starts copying the box at (d, n, h, b) of a (B, heads, N, D) tensor to shared memory; `barrier`
+/// is told of its bytes. What lies past the end of the tensor arrives as zeros.
+__device__ __forceinline__ void load_box(void* shared, const CUtensorMap& map, Barrier& barrier,
+                                         int32_t d, int32_t n, int32_t h, int32_t b) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(d), "r"(n), "r"(h), "r"(b)
+      : "memory");
+}
+__device__ __forceinline__ void prefetch(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// Products of a warpgroup -------------------------------------------------------------------------
+
+/// Before the first product, and after registers that products use were written.
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+/// Waits until at most kPending of the newest groups of products are still under way.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+/// How products find B in shared memory: rows of 64 elements (128 bytes) whose 16-byte chunks are
+/// swizzled by row, as the copy engine writes them, in tiles of rows that begin at multiples of
+/// 1024 bytes. `column_stride_bytes`: from a tile to that of the next 64 columns; read for
+/// B = X (kIsTransposed), not for B = X^T.
+__device__ __forceinline__ uint64_t matrix_descriptor(SharedAddress address,
+                                                      uint32_t column_stride_bytes) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  constexpr uint64_t kEightRows = uint64_t{1024 >> 4} << 32;
+  return kSwizzle128 | kEightRows | uint64_t{column_stride_bytes >> 4} << 16 |
+         uint64_t{(address & 0x3ffff) >> 4};
+}
+
+#define SPARLINE_D8(n)                                                                        \
+  "+f"(d[n]), "+f"(d[n + 1]), "+f"(d[n + 2]), "+f"(d[n + 3]), "+f"(d[n + 4]), "+f"(d[n + 5]), \
+      "+f"(d[n + 6]), "+f"(d[n + 7])
+#define SPARLINE_D32(n) SPARLINE_D8(n), SPARLINE_D8(n + 8), SPARLINE_D8(n + 16), SPARLINE_D8(n + 24)
+#define SPARLINE_WGMMA_64(type)                                                                 \
+  asm volatile(                                                                                 \
+      "{ .reg .pred p;\n"                                                                       \
+      "setp.ne.b32 p, %37, 0;\n"                                                                \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                               \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                      \
+      "{%32, %33, %34, %35}, %36, p, 1, 1, %38; }"                                              \
+      : SPARLINE_D32(0)                                                                         \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdds), "n"(kIsTransposed))
+#define SPARLINE_WGMMA_128(type)                                                                \
+  asm volatile(                                                                                 \
+      "{ .reg .pred p;\n"                                                                       \
+      "setp.ne.b32 p, %69, 0;\n"                                                                \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                              \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "   \
+      "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "   \
+      "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                                \
+      "{%64, %65, %66, %67}, %68, p, 1, 1, %70; }"                                              \
+      : SPARLINE_D32(0), SPARLINE_D32(32)                                                       \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdds), "n"(kIsTransposed))
+
+/// Starts D += A B with A in registers; without kAdds, D = A B. B is the 16 rows (kIsTransposed),
+/// or B^T the kColumns rows, at the descriptor. Elements of type T, bf16 or fp16. Only the first
+/// kColumns / 2 of `d` are used.
+template <class T, int kColumns, bool kIsTransposed, bool kAdds, int kSize>
+__device__ __forceinline__ void wgmma(float (&d)[kSize], const uint32_t* a, uint64_t b) {
+  static_assert(kColumns == 64 || kColumns == 128);
+  static_assert(kSize >= kColumns / 2);
+  constexpr bool kIsBf16 = std::is_same_v<T, bf16>;
+  if constexpr (kColumns == 64) {
+    if constexpr (kIsBf16) {
+      SPARLINE_WGMMA_64("bf16");
+    } else {
+      SPARLINE_WGMMA_64("f16");
+    }
+  } else {
+    if constexpr (kIsBf16) {
+      SPARLINE_WGMMA_128("bf16");
+    } else {
+      SPARLINE_WGMMA_128("f16");
+    }
+  }
+}
+#undef SPARLINE_WGMMA_64
+#undef SPARLINE_WGMMA_128
+#undef SPARLINE_D32
+#undef SPARLINE_D8
+
+}  // namespace sparline::cuda

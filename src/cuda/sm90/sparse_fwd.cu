@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <cstdlib>
+#include <cstring>
+
+#include "cuda/common/launch.cuh"
+#include "cuda/device.h"
+#include "cuda/kernels.h"
+
+namespace sparline::cuda {
+namespace {
+
+/// SPARLINE_CUDA_ARCH=80 keeps to the portable kernels, for tests and comparison. Read once.
+bool is_forced_portable() {
+  static const bool is_forced = [] {
+    const char* const arch = std::getenv("SPARLINE_CUDA_ARCH");
+    return arch != nullptr && std::strcmp(arch, "80") == 0;
+  }();
+  return is_forced;
+}
+
+bool fits(const SparseForward& p) {
+  const bool has_policy = p.map.is_soft || p.tile_bits.data != nullptr ||
+                          p.skip.reference != SkipReference::kNone || p.tile_order != nullptr ||
+                          p.low_bit.is_enabled;
+  const int32_t head_dim = p.frame.head_dim;
+  return !has_policy && (head_dim == 64 || head_dim == 128) && p.block_q > 64 &&
+         p.o.is_vectorised && p.o.order == nullptr;
+}
+
+}  // namespace
+
+template <int kHeadDim>
+bool sparse_forward_sm90(const SparseForward& params, int num_multiprocessors,
+                         void* stream);  // sparse_fwd.cuh
+
+bool sparse_forward_sm90(const SparseForward& params, void* stream) {
+  if (is_forced_portable() || !fits(params)) return false;
+  int device = 0, num_multiprocessors = 0;
+  check(cudaGetDevice(&device), "asking for the current device");
+  if (device_arch(device) != 90) return false;
+  check(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device),
+        "asking a device for its multiprocessors");
+  return params.frame.head_dim == 64
+             ? sparse_forward_sm90<64>(params, num_multiprocessors, stream)
+             : sparse_forward_sm90<128>(params, num_multiprocessors, stream);
+}
+
+}  // namespace sparline::cuda

@@ -1,0 +1,596 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The sparse branch, forward, on Hopper (sm_90a). Over the critical key blocks j of query block i
+//     S = scale q_i k_j^T,  o_s = softmax(S) v,  lse = ln sum exp S
+// the same function as sm80/sparse_fwd.cuh without a policy.
+//
+//   Tiles   128 queries x 128 keys: two runs of up to 64 keys, wherever they lie, or one
+//   Roles   warpgroup 0: one thread loads, one warp looks up critical blocks; 1 and 2 multiply, 64
+//           rows each. A CTA for each multiprocessor, which takes every so-manieth query block
+//   Shared  queries 32 KiB, 6 slots of 32 KiB (head_dim 128) for tiles of keys and of values
+//   Sync    load -> full[slot] -> multiply -> empty[slot] -> load; the same for queries and lists
+//
+// All query blocks of a CTA are one stream of tiles: while P v of a tile is under way, S of the
+// next one is already there and goes through the softmax, also where the next tile is that of
+// another query block. Queries wait in registers, as the A operand, so that the next ones can be
+// loaded as soon as a block begins.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+
+#include "cuda/common/query_place.cuh"
+#include "cuda/common/row_scan.cuh"
+#include "cuda/kernels.h"
+#include "cuda/sm90/ptx.cuh"
+#include "cuda/sm90/tensor_map.h"
+
+namespace sparline::cuda {
+
+template <class T_, int kHeadDim_>
+struct SparseForwardSm90Traits {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kTileQ = 128, kTileK = 128, kRunK = 64;
+  static constexpr int kSlices = kHeadDim / 64;  // of 64 columns, which lie behind one another
+  static constexpr int kSlots = kHeadDim == 64 ? 12 : 6;
+  static constexpr int kThreads = 384, kMultiplyWarps = 8;
+  static constexpr int kLoadRegisters = 40, kMultiplyRegisters = 232;
+  static constexpr int kSliceBytesQ = kTileQ * 128, kSliceBytesK = kTileK * 128;
+  static_assert(kHeadDim % 64 == 0 && kHeadDim <= 128);
+};
+
+/// What the loading thread says of a tile of keys.
+struct TileInfo {
+  uint32_t num_keys;  // of the first run, and 256 times those of the second; kEnd: no more tiles
+  int32_t block;      // the query block where it begins with this tile, else -1
+  static constexpr uint32_t kEnd = 1u << 31, kFull = 64 + 256 * 64;
+
+  __device__ bool has_second() const { return num_keys >= 256; }
+};
+
+template <class Traits>
+struct SparseForwardSm90Shared {
+  using T = typename Traits::T;
+  T q[Traits::kTileQ * Traits::kHeadDim];
+  T slots[Traits::kSlots][Traits::kTileK * Traits::kHeadDim];
+  Barrier full[Traits::kSlots], empty[Traits::kSlots];
+  Barrier q_full, q_empty, list_full[2], list_empty[2];
+  TileInfo infos[Traits::kSlots];
+  int32_t list_block[2];               // whose list it is; -1: no more
+  float lse_shift[2][Traits::kTileQ];  // of the block in work, with k_mean; of those who wrote it
+  uint32_t lists[1];  // two of RowScan's bits: the critical blocks of a query block
+};
+
+struct SparseForwardSm90Params {
+  CUtensorMap q, k, v;
+  SparseForward forward;
+  int32_t num_blocks;  // query blocks of all heads
+};
+
+/// Position in a ring, and the parity of the round.
+template <int kSize>
+struct RingCursor {
+  int slot = 0;
+  uint32_t parity = 0;
+  __device__ void advance() {
+    if (++slot < kSize) return;
+    slot = 0;
+    parity ^= 1;
+  }
+};
+
+// Looking up critical blocks: one warp --------------------------------------------------------
+
+template <class Traits>
+__device__ void fill_list(const SparseForward& p, const QueryPlace& at, uint32_t* words) {
+  const Axis& keys = p.frame.keys;
+  const int num_words = (keys.num_blocks + 31) / 32;
+#pragma unroll 4
+  for (int w = 0; w < num_words; ++w) {
+    const int32_t j = w * 32 + lane_index();
+    bool is_critical = j >= at.block.other_begin && j < at.block.other_end;
+    if (is_critical && !at.block.is_protected && p.map.data != nullptr) {
+      is_critical = p.map.block_class(p.map.offset(at.b, at.h, at.i, j)) == 1 ||
+                    (keys.table != nullptr && keys.table[j].is_protected);
+    }
+    const uint32_t word = __ballot_sync(kAllLanes, is_critical);
+    if (lane_index() == 0) words[w] = word;
+  }
+}
+
+template <class Traits>
+__device__ void look_up(const SparseForwardSm90Params& params,
+                        SparseForwardSm90Shared<Traits>& shared) {
+  const SparseForward& p = params.forward;
+  const int num_words = (p.frame.keys.num_blocks + 31) / 32;
+  RingCursor<2> list;
+  for (auto idx = static_cast<int32_t>(blockIdx.x);; idx += static_cast<int32_t>(gridDim.x)) {
+    const bool is_end = idx >= params.num_blocks;
+    QueryPlace at{};
+    if (!is_end) at = query_place(p.frame, p.wave, idx);
+    if (!is_end && p.is_protected_only && !at.block.is_protected) {
+      for (int r = lane_index(); r < at.block.rows; r += kWarpSize) {
+        *p.lse.at(at.b, at.h, at.block.begin + r) = -INFINITY;
+      }
+      continue;
+    }
+    wait(shared.list_empty[list.slot], list.parity ^ 1);
+    if (!is_end) fill_list<Traits>(p, at, shared.lists + list.slot * num_words);
+    if (lane_index() == 0) shared.list_block[list.slot] = is_end ? -1 : idx;
+    __syncwarp();
+    if (lane_index() == 0) arrive(shared.list_full[list.slot]);
+    list.advance();
+    if (is_end) return;
+  }
+}
+
+// Loading: one thread -------------------------------------------------------------------------
+
+template <class Traits>
+class SparseForwardSm90Loader {
+ public:
+  __device__ SparseForwardSm90Loader(const SparseForwardSm90Params& params,
+                                     SparseForwardSm90Shared<Traits>& shared)
+      : params_(params), shared_(shared) {}
+
+  __device__ void run() {
+    const SparseForward& p = params_.forward;
+    const int num_words = (p.frame.keys.num_blocks + 31) / 32;
+    RingCursor<2> list;
+    uint32_t q_parity = 0;
+    while (true) {
+      wait(shared_.list_full[list.slot], list.parity);
+      const int32_t idx = shared_.list_block[list.slot];
+      if (idx < 0) break;
+      const QueryPlace at = query_place(p.frame, p.wave, idx);
+      wait(shared_.q_empty, q_parity ^ 1);
+      q_parity ^= 1;
+      load_queries(at);
+      const RowScan scan(shared_.lists + list.slot * num_words, p.frame.keys.num_blocks);
+      TileQueue<Traits::kRunK> queue;
+      queue.start(scan, p.frame.keys, at.block, nullptr);
+      // A block without critical keys gets a tile without keys: zeros from past the end.
+      if (queue.tiles[0].num_keys == 0) queue.tiles[0].first_key = p.frame.keys.length;
+      int32_t block = idx;
+      do {
+        const Tile tile{{queue.tiles[0].first_key, queue.tiles[1].first_key},
+                        {queue.tiles[0].num_keys, queue.tiles[1].num_keys},
+                        at.h_kv,
+                        at.b};
+        load_keys(tile, block);
+        load_values();
+        last_ = tile;
+        has_last_ = true;
+        block = -1;
+        if (tile.num_keys[1] == 0) break;
+        queue.tiles[0] = queue.pop(scan, p.frame.keys, nullptr);
+        queue.tiles[1] = queue.pop(scan, p.frame.keys, nullptr);
+      } while (queue.tiles[0].num_keys > 0);
+      arrive(shared_.list_empty[list.slot]);
+      list.advance();
+    }
+    wait(shared_.empty[ring_.slot], ring_.parity ^ 1);
+    shared_.infos[ring_.slot] = {TileInfo::kEnd, -1};
+    arrive(shared_.full[ring_.slot]);
+    ring_.advance();
+    load_values();
+  }
+
+ private:
+  static constexpr int kRunK = Traits::kRunK, kHeadDim = Traits::kHeadDim;
+  struct Tile {
+    int32_t first_key[2], num_keys[2], h, b;
+  };
+
+  __device__ void load_queries(const QueryPlace& at) {
+    arrive_expecting(shared_.q_full, Traits::kTileQ * kHeadDim * 2);
+#pragma unroll
+    for (int slice = 0; slice < Traits::kSlices; ++slice) {
+      load_box(reinterpret_cast<unsigned char*>(shared_.q) + slice * Traits::kSliceBytesQ,
+               params_.q, shared_.q_full, slice * 64, at.block.begin, at.h, at.b);
+    }
+  }
+  __device__ void load_keys(const Tile& tile, int32_t block) {
+    wait(shared_.empty[ring_.slot], ring_.parity ^ 1);
+    shared_.infos[ring_.slot] = {static_cast<uint32_t>(tile.num_keys[0] + 256 * tile.num_keys[1]),
+                                 block};
+    load(params_.k, tile);
+  }
+  /// Those of the tile before: its P v comes after the S of the tile that follows.
+  __device__ void load_values() {
+    if (!has_last_) return;
+    wait(shared_.empty[ring_.slot], ring_.parity ^ 1);
+    load(params_.v, last_);
+  }
+  __device__ void load(const CUtensorMap& map, const Tile& tile) {
+    const int num_runs = tile.num_keys[1] > 0 ? 2 : 1;
+    Barrier& full = shared_.full[ring_.slot];
+    auto* const slot = reinterpret_cast<unsigned char*>(shared_.slots[ring_.slot]);
+    arrive_expecting(full, static_cast<uint32_t>(num_runs * kRunK * kHeadDim * 2));
+#pragma unroll
+    for (int run = 0; run < 2; ++run) {
+      if (run >= num_runs) break;
+#pragma unroll
+      for (int slice = 0; slice < Traits::kSlices; ++slice) {
+        load_box(slot + slice * Traits::kSliceBytesK + run * (kRunK * 128), map, full, slice * 64,
+                 tile.first_key[run], tile.h, tile.b);
+      }
+    }
+    ring_.advance();
+  }
+
+  const SparseForwardSm90Params& params_;
+  SparseForwardSm90Shared<Traits>& shared_;
+  RingCursor<Traits::kSlots> ring_;
+  Tile last_{};
+  bool has_last_ = false;
+};
+
+// Multiplying: two warpgroups -----------------------------------------------------------------
+
+template <class Traits>
+class SparseForwardSm90Rows {
+  using T = typename Traits::T;
+  static constexpr int kHeadDim = Traits::kHeadDim, kTileK = Traits::kTileK;
+  static constexpr int kRunK = Traits::kRunK;
+
+ public:
+  __device__ SparseForwardSm90Rows(const SparseForwardSm90Params& params,
+                                   SparseForwardSm90Shared<Traits>& shared)
+      : p_(params.forward),
+        shared_(shared),
+        lane_(lane_index()),
+        warp_row_(warp_index() * 16 - 64) {}
+
+  __device__ void run() {
+    wait(shared_.full[0], 0);
+    TileInfo tile = shared_.infos[0];
+    if (tile.num_keys == TileInfo::kEnd) return;
+    reset(tile.block);
+    load_queries(tile.block);
+    tile.has_second() ? first_step<kTileK>(tile) : first_step<kRunK>(tile);
+    bool had_second = tile.has_second();
+    while (true) {
+      wait(shared_.full[ring_.slot], ring_.parity);
+      tile = shared_.infos[ring_.slot];
+      if (tile.num_keys == TileInfo::kEnd) break;
+      if (tile.has_second()) {
+        had_second ? step<kTileK, kTileK>(tile) : step<kTileK, kRunK>(tile);
+      } else {
+        had_second ? step<kRunK, kTileK>(tile) : step<kRunK, kRunK>(tile);
+      }
+      had_second = tile.has_second();
+    }
+    ring_.advance();
+    had_second ? last_step<kTileK>() : last_step<kRunK>();
+  }
+
+ private:
+  __device__ void release(int slot) {
+    if (lane_ == 0) arrive(shared_.empty[slot]);
+  }
+  __device__ void reset(int32_t block) {
+    block_ = block;
+    row_max_[0] = row_max_[1] = -INFINITY;
+    row_sum_[0] = row_sum_[1] = 0.0f;
+  }
+  template <int kKeys>
+  __device__ __forceinline__ void first_step(const TileInfo& tile) {
+    float s[kKeys / 2];
+    start_scores<kKeys>(s);
+    wgmma_wait<0>();
+    release(0);
+    ring_.advance();
+    softmax<kKeys>(s, tile);
+    pack_p<kKeys>(s);
+  }
+  /// S and P of a tile, and P v of the one before. A function of both tiles' widths, so that no
+  /// branch lies between products: the compiler would wait for each of them.
+  template <int kKeys, int kKeysBefore>
+  __device__ __forceinline__ void step(const TileInfo& tile) {
+    const bool is_new = tile.block >= 0;
+    const int32_t old_block = block_;
+    if (is_new) load_queries(tile.block);
+    const int k_slot = ring_.slot;
+    float s[kKeys / 2];
+    start_scores<kKeys>(s);
+    ring_.advance();
+    const int v_slot = ring_.slot;
+    start_values<kKeysBefore>();
+    ring_.advance();
+    wgmma_wait<1>();
+    release(k_slot);
+    const float old_max[2] = {row_max_[0], row_max_[1]};
+    const float old_sum[2] = {row_sum_[0], row_sum_[1]};
+    if (is_new) reset(tile.block);
+    softmax<kKeys>(s, tile);
+    wgmma_wait<0>();
+    release(v_slot);
+    if (is_new) {
+      finish(old_block, old_max, old_sum, q_parity_ ^ 1);
+    } else if (is_raised_) {
+      rescale();
+    }
+    pack_p<kKeys>(s);
+  }
+  template <int kKeys>
+  __device__ __forceinline__ void last_step() {
+    start_values<kKeys>();
+    wgmma_wait<0>();
+    finish(block_, row_max_, row_sum_, q_parity_);
+  }
+
+  /// The warp's 16 rows of the queries as A fragments.
+  __device__ void load_queries(int32_t block) {
+    wait(shared_.q_full, q_parity_);
+    q_parity_ ^= 1;
+    const int row = warp_row_ + lane_ % 16;
+    const SharedAddress first = shared_address(shared_.q) + row * 128;
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 16; ++d) {
+      const int chunk = (d % 4 * 2 + lane_ / 16) ^ (row % 8);
+      uint32_t a[4];
+      ldmatrix_x4(a, first + d / 4 * Traits::kSliceBytesQ + chunk * 16);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) q_[d * 4 + n] = a[n];
+    }
+    __syncwarp();
+    if (lane_ == 0) arrive(shared_.q_empty);
+    if (p_.k_mean != nullptr) find_lse_shift(block);
+  }
+  /// scale q_r . k_mean of the block's sequence: what lse loses where keys are smoothed. A quad's
+  /// first lane keeps it for finish().
+  struct Pair {
+    T low, high;
+  };
+  __device__ void find_lse_shift(int32_t block) {
+    const Frame& f = p_.frame;
+    const QueryPlace at = query_place(f, p_.wave, block);
+    const int64_t sequence =
+        (int64_t{at.b} * f.num_kv_heads + at.h_kv) * f.keys.num_sequences + at.block.sequence;
+    const float* const mean = p_.k_mean + sequence * kHeadDim + lane_ % 4 * 2;
+    float sum[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 4; ++n) {
+      const int column = n / 4 * 16 + n % 4 / 2 * 8;
+      const auto q = std::bit_cast<Pair>(q_[n]);
+      sum[n % 2] =
+          fmaf(to_float(q.low), mean[column], fmaf(to_float(q.high), mean[column + 1], sum[n % 2]));
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float dot = quad_sum(sum[half]);
+      if (lane_ % 4 == 0) shared_.lse_shift[q_parity_][row_of(half)] = p_.scale * dot;
+    }
+  }
+  __device__ int row_of(int half) const { return warp_row_ + half * 8 + lane_ / 4; }
+
+  /// Starts S = q k^T of the tile in the current slot.
+  template <int kKeys>
+  __device__ __forceinline__ void start_scores(float (&s)[kKeys / 2]) {
+    const uint64_t b = matrix_descriptor(shared_address(shared_.slots[ring_.slot]), 0);
+    wgmma_fence();
+    wgmma<T, kKeys, false, false>(s, q_, b);
+#pragma unroll
+    for (int d = 1; d < kHeadDim / 16; ++d) {
+      wgmma<T, kKeys, false, true>(s, q_ + d * 4,
+                                   b + ((d / 4 * Traits::kSliceBytesK + d % 4 * 32) >> 4));
+    }
+    wgmma_commit();
+  }
+
+  /// Starts o += P v of the tile before, once its values are there.
+  template <int kKeys>
+  __device__ __forceinline__ void start_values() {
+    wait(shared_.full[ring_.slot], ring_.parity);
+    const uint64_t b =
+        matrix_descriptor(shared_address(shared_.slots[ring_.slot]), Traits::kSliceBytesK);
+    wgmma_fence();
+#pragma unroll
+    for (int n = 0; n < kKeys / 16; ++n) {
+      wgmma<T, kHeadDim, true, true>(o_, p_frag_ + n * 4, b + (n * 16 * 128 >> 4));
+    }
+    wgmma_commit();
+  }
+
+  /// One step of online softmax: S becomes P. A row keeps an older maximum as long as P stays below
+  /// 2^kLazyLog2: most tiles then rescale nothing.
+  template <int kKeys>
+  __device__ __forceinline__ void softmax(float (&s)[kKeys / 2], const TileInfo& tile) {
+    if (tile.num_keys != (kKeys == kTileK ? TileInfo::kFull : kRunK)) mask_keys<kKeys>(s, tile);
+    constexpr float kLazyLog2 = 8.0f;
+    float top[2];
+    is_raised_ = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float highest = s[half * 2];
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+        highest = fmaxf(highest, fmaxf(s[n * 4 + half * 2], s[n * 4 + half * 2 + 1]));
+      }
+      top[half] = quad_max(highest) * p_.scale_log2;
+      is_raised_ |= top[half] > row_max_[half] + kLazyLog2;
+    }
+    is_raised_ = __any_sync(kAllLanes, is_raised_);
+    if (is_raised_) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float raised = fmaxf(row_max_[half], top[half]);
+        factor_[half] = raised == -INFINITY ? 1.0f : exp2_approx(row_max_[half] - raised);
+        row_max_[half] = raised;
+        row_sum_[half] *= factor_[half];
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // -inf - -inf is NaN: a row without keys so far is shifted by nothing.
+      const float offset = row_max_[half] == -INFINITY ? 0.0f : -row_max_[half];
+      float sum = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+        for (int e = n * 4 + half * 2; e < n * 4 + half * 2 + 2; ++e) {
+          s[e] = exp2_approx(fmaf(s[e], p_.scale_log2, offset));
+          sum += s[e];
+        }
+      }
+      row_sum_[half] += sum;
+    }
+  }
+  /// Columns past the last key of a run: S = -inf.
+  template <int kKeys>
+  __device__ __forceinline__ void mask_keys(float (&s)[kKeys / 2], const TileInfo& tile) {
+    const auto first = static_cast<int>(tile.num_keys % 256);
+    const auto second = static_cast<int>(tile.num_keys / 256);
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int column = n % 8 * 8 + lane_ % 4 * 2 + e % 2;
+        if (column >= (n < 8 ? first : second)) s[n * 4 + e] = -INFINITY;
+      }
+    }
+  }
+  __device__ void rescale() {
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 2; ++n) o_[n] *= factor_[n / 2 % 2];
+  }
+  /// P as A fragments.
+  template <int kKeys>
+  __device__ __forceinline__ void pack_p(const float (&s)[kKeys / 2]) {
+#pragma unroll
+    for (int n = 0; n < kKeys / 4; ++n) p_frag_[n] = pack<T>(s[n * 2], s[n * 2 + 1]);
+  }
+
+  /// Divides by the row sums, stores o and lse of a query block, and clears o.
+  __device__ void finish(int32_t block, const float (&row_max)[2], const float (&row_sum)[2],
+                         uint32_t shift_idx) {
+    const QueryPlace at = query_place(p_.frame, p_.wave, block);
+    const int quad_lane = lane_ % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = row_of(half);
+      const float sum = quad_sum(row_sum[half]);
+      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+      const bool is_row = r < at.block.rows;
+      const int32_t position = at.block.begin + r;
+      if (is_row && quad_lane == 0) {
+        float lse = sum == 0.0f ? -INFINITY : fmaf(row_max[half], kLn2, logf(sum));
+        if (p_.k_mean != nullptr) lse -= shared_.lse_shift[shift_idx][r];
+        *p_.lse.at(at.b, at.h, position) = lse;
+      }
+      T* const row = p_.o.row<T>(at.b, at.h, is_row ? position : 0) + quad_lane * 8;
+#pragma unroll
+      for (int d = 0; d < kHeadDim / 32; ++d) {
+        // Four lanes hold a row's 32 columns, two of every eight; each shall have eight in a row.
+        uint32_t w[4];
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const float* const o = o_ + (d * 4 + n) * 4 + half * 2;
+          w[n] = pack<T>(o[0] * inverse, o[1] * inverse);
+        }
+        exchange<1>(w[0], w[1]);
+        exchange<1>(w[2], w[3]);
+        exchange<2>(w[0], w[2]);
+        exchange<2>(w[1], w[3]);
+        if (is_row) *reinterpret_cast<uint4*>(row + d * 32) = make_uint4(w[0], w[1], w[2], w[3]);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 2; ++n) o_[n] = 0.0f;
+  }
+  /// Transposes 2 x 2 words of lanes whose numbers differ by kStep.
+  template <int kStep>
+  __device__ __forceinline__ void exchange(uint32_t& low, uint32_t& high) const {
+    const bool is_upper = lane_ & kStep;
+    const uint32_t other = __shfl_xor_sync(kAllLanes, is_upper ? low : high, kStep);
+    low = is_upper ? other : low;
+    high = is_upper ? high : other;
+  }
+
+  const SparseForward& p_;
+  SparseForwardSm90Shared<Traits>& shared_;
+  const int lane_, warp_row_;
+  RingCursor<Traits::kSlots> ring_;
+  uint32_t q_parity_ = 0;
+  int32_t block_ = 0;
+
+  float o_[kHeadDim / 2] = {};     // o_s times l
+  uint32_t p_frag_[kTileK / 4];    // P
+  uint32_t q_[kHeadDim / 4];       // q
+  float row_max_[2], row_sum_[2];  // m, log2 units; l of this lane's columns
+  float factor_[2];
+  bool is_raised_ = false;
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    sparse_forward_sm90_kernel(const __grid_constant__ SparseForwardSm90Params params) {
+  begin_kernel();
+  extern __shared__ __align__(1024) unsigned char bytes[];
+  auto& shared = *reinterpret_cast<SparseForwardSm90Shared<Traits>*>(bytes);
+  if (threadIdx.x == 0) {
+    for (int n = 0; n < Traits::kSlots; ++n) {
+      init(shared.full[n], 1);
+      init(shared.empty[n], Traits::kMultiplyWarps);
+    }
+    init(shared.q_full, 1);
+    init(shared.q_empty, Traits::kMultiplyWarps);
+    for (int n = 0; n < 2; ++n) {
+      init(shared.list_full[n], 1);
+      init(shared.list_empty[n], 1);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+  if (warp_index() < 4) {
+    give_back_registers<Traits::kLoadRegisters>();
+    if (warp_index() == 0 && lane_index() == 0) {
+      SparseForwardSm90Loader<Traits>(params, shared).run();
+    } else if (warp_index() == 1) {
+      look_up(params, shared);
+    }
+  } else {
+    take_registers<Traits::kMultiplyRegisters>();
+    SparseForwardSm90Rows<Traits>(params, shared).run();
+  }
+}
+
+/// False, and nothing is launched, where the copy engine cannot read the tensors or the lists have
+/// no room.
+template <class Traits>
+bool launch_sparse_forward_sm90(const SparseForward& params, int num_multiprocessors,
+                                void* stream) {
+  const Frame& f = params.frame;
+  SparseForwardSm90Params p{.forward = params};
+  const bool is_encoded = encode_rows(p.q, params.q, params.dtype, f.batch, f.num_heads,
+                                      f.queries.length, f.head_dim, Traits::kTileQ) &&
+                          encode_rows(p.k, params.k, params.dtype, f.batch, f.num_kv_heads,
+                                      f.keys.length, f.head_dim, Traits::kRunK) &&
+                          encode_rows(p.v, params.v, params.dtype, f.batch, f.num_kv_heads,
+                                      f.keys.length, f.head_dim, Traits::kRunK);
+  const int64_t shared_bytes = static_cast<int64_t>(sizeof(SparseForwardSm90Shared<Traits>)) +
+                               2 * RowScan::bytes(f.keys.num_blocks);
+  constexpr int64_t kMostSharedBytes = 227 * 1024;
+  if (!is_encoded || shared_bytes > kMostSharedBytes) return false;
+  p.forward.scale_log2 = std::max(params.scale * kLog2E, kLeastScale);
+  p.num_blocks = params.wave.count * f.group() * f.queries.num_blocks;
+  launch(sparse_forward_sm90_kernel<Traits>,
+         {.blocks = std::min(p.num_blocks, num_multiprocessors),
+          .threads = Traits::kThreads,
+          .shared_bytes = shared_bytes},
+         stream, p);
+  return true;
+}
+
+template <int kHeadDim>
+bool sparse_forward_sm90(const SparseForward& params, int num_multiprocessors, void* stream) {
+  return params.dtype == DType::kBF16
+             ? launch_sparse_forward_sm90<SparseForwardSm90Traits<bf16, kHeadDim>>(
+                   params, num_multiprocessors, stream)
+             : launch_sparse_forward_sm90<SparseForwardSm90Traits<fp16, kHeadDim>>(
+                   params, num_multiprocessors, stream);
+}
+
+}  // namespace sparline::cuda
