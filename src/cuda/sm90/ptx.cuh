@@ -67,6 +67,13 @@ __device__ __forceinline__ void arrive_named(int idx, int num_threads) {
   asm volatile("barrier.arrive %0, %1;" ::"r"(idx), "r"(num_threads) : "memory");
 }
 
+/// The inverse of ldmatrix_x4: lane 8 n + r gives the address of row r of matrix n.
+__device__ __forceinline__ void stmatrix_x4(SharedAddress row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 // Registers ---------------------------------------------------------------------------------------
 
 /// All warps of a warpgroup, each warpgroup once, in a kernel of __launch_bounds__(threads, 1).
@@ -91,6 +98,30 @@ __device__ __forceinline__ void load_box(void* shared, const CUtensorMap& map, B
       "l"(&map), "r"(shared_address(&barrier)), "r"(d), "r"(n), "r"(h), "r"(b)
       : "memory");
 }
+/// Starts copying a box from shared memory; what lies past the end of the tensor is not written.
+/// The writes to shared memory come before fence_stores() and a barrier; the thread that starts the
+/// copy commits it.
+__device__ __forceinline__ void store_box(const CUtensorMap& map, const void* shared, int32_t d,
+                                          int32_t n, int32_t h, int32_t b) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::
+          "l"(&map),
+      "r"(shared_address(shared)), "r"(d), "r"(n), "r"(h), "r"(b)
+      : "memory");
+}
+__device__ __forceinline__ void fence_stores() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void commit_stores() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+/// Waits until this thread's stores have left shared memory.
+__device__ __forceinline__ void wait_stores_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+__device__ __forceinline__ void wait_stores() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
 __device__ __forceinline__ void prefetch(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
@@ -110,16 +141,22 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+/// Has these values computed here, before the waits and products that follow: the compiler else
+/// moves arithmetic past them.
+template <int kSize>
+__device__ __forceinline__ void pin(float (&x)[kSize]) {
+#pragma unroll
+  for (int n = 0; n < kSize; ++n) asm volatile("" : "+f"(x[n])::"memory");
+}
+
 /// How products find B in shared memory: rows of 64 elements (128 bytes) whose 16-byte chunks are
 /// swizzled by row, as the copy engine writes them, in tiles of rows that begin at multiples of
 /// 1024 bytes. `column_stride_bytes`: from a tile to that of the next 64 columns; read for
-/// B = X (kIsTransposed), not for B = X^T.
-__device__ __forceinline__ uint64_t matrix_descriptor(SharedAddress address,
+/// B = X (kIsTransposed), not for B = X^T. The lower half: the upper one is always the same, and
+/// `bytes` further on is + bytes / 16.
+__device__ __forceinline__ uint32_t matrix_descriptor(SharedAddress address,
                                                       uint32_t column_stride_bytes) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  constexpr uint64_t kEightRows = uint64_t{1024 >> 4} << 32;
-  return kSwizzle128 | kEightRows | uint64_t{column_stride_bytes >> 4} << 16 |
-         uint64_t{(address & 0x3ffff) >> 4};
+  return column_stride_bytes >> 4 << 16 | address >> 4;
 }
 
 #define SPARLINE_D8(n)                                                                        \
@@ -135,7 +172,7 @@ __device__ __forceinline__ uint64_t matrix_descriptor(SharedAddress address,
       "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                      \
       "{%32, %33, %34, %35}, %36, p, 1, 1, %38; }"                                              \
       : SPARLINE_D32(0)                                                                         \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdds), "n"(kIsTransposed))
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds), "n"(kIsTransposed))
 #define SPARLINE_WGMMA_128(type)                                                                \
   asm volatile(                                                                                 \
       "{ .reg .pred p;\n"                                                                       \
@@ -147,15 +184,18 @@ __device__ __forceinline__ uint64_t matrix_descriptor(SharedAddress address,
       "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                                \
       "{%64, %65, %66, %67}, %68, p, 1, 1, %70; }"                                              \
       : SPARLINE_D32(0), SPARLINE_D32(32)                                                       \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdds), "n"(kIsTransposed))
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds), "n"(kIsTransposed))
 
-/// Starts D += A B with A in registers; without kAdds, D = A B. B is the 16 rows (kIsTransposed),
+/// Starts D += A B with A in registers; with `adds` 0, D = A B. B is the 16 rows (kIsTransposed),
 /// or B^T the kColumns rows, at the descriptor. Elements of type T, bf16 or fp16. Only the first
 /// kColumns / 2 of `d` are used.
-template <class T, int kColumns, bool kIsTransposed, bool kAdds, int kSize>
-__device__ __forceinline__ void wgmma(float (&d)[kSize], const uint32_t* a, uint64_t b) {
+template <class T, int kColumns, bool kIsTransposed, int kSize>
+__device__ __forceinline__ void wgmma(float (&d)[kSize], const uint32_t* a, uint32_t descriptor,
+                                      int adds) {
   static_assert(kColumns == 64 || kColumns == 128);
   static_assert(kSize >= kColumns / 2);
+  constexpr uint32_t kEightRows = 1024 >> 4, kSwizzle128 = 1u << 30;
+  const uint64_t b = uint64_t{kSwizzle128 | kEightRows} << 32 | descriptor;
   constexpr bool kIsBf16 = std::is_same_v<T, bf16>;
   if constexpr (kColumns == 64) {
     if constexpr (kIsBf16) {

@@ -35,15 +35,25 @@ struct SparseForwardSm90Traits {
   static constexpr int kSlices = kHeadDim / 64;  // of 64 columns, which lie behind one another
   static constexpr int kSlots = kHeadDim == 64 ? 12 : 6;
   static constexpr int kThreads = 384, kMultiplyWarps = 8;
+  // Lists are two blocks ahead of the loads, and these half as many as there are slots.
+  static constexpr int kPlaces = 15;
+  static_assert(kPlaces > kSlots / 2 + 4 && kPlaces % 3 == 0);
   static constexpr int kLoadRegisters = 40, kMultiplyRegisters = 232;
   static constexpr int kSliceBytesQ = kTileQ * 128, kSliceBytesK = kTileK * 128;
   static_assert(kHeadDim % 64 == 0 && kHeadDim <= 128);
 };
 
+/// A query block, for those who load and multiply.
+struct BlockPlace {
+  int32_t b, h, h_kv;
+  int32_t begin, rows;
+  int32_t mean;  // of its keys: row of k_mean
+};
+
 /// What the loading thread says of a tile of keys.
 struct TileInfo {
   uint32_t num_keys;  // of the first run, and 256 times those of the second; kEnd: no more tiles
-  int32_t block;      // the query block where it begins with this tile, else -1
+  int32_t block;      // whether a query block begins: its entry in `places`, else -1
   static constexpr uint32_t kEnd = 1u << 31, kFull = 64 + 256 * 64;
 
   __device__ bool has_second() const { return num_keys >= 256; }
@@ -57,8 +67,10 @@ struct SparseForwardSm90Shared {
   Barrier full[Traits::kSlots], empty[Traits::kSlots];
   Barrier q_full, q_empty, list_full[2], list_empty[2];
   TileInfo infos[Traits::kSlots];
-  int32_t list_block[2];               // whose list it is; -1: no more
-  float lse_shift[2][Traits::kTileQ];  // of the block in work, with k_mean; of those who wrote it
+  int32_t list_block[2];               // whose list it is: entry in `places`; -1: no more
+  int32_t list_begin[2], list_end[2];  // blocks of keys of its sequence
+  BlockPlace places[Traits::kPlaces];
+  float lse_shift[3][Traits::kTileQ];  // with k_mean, of blocks by turn; of those who wrote it
   uint32_t lists[1];  // two of RowScan's bits: the critical blocks of a query block
 };
 
@@ -82,20 +94,30 @@ struct RingCursor {
 
 // Looking up critical blocks: one warp --------------------------------------------------------
 
-template <class Traits>
-__device__ void fill_list(const SparseForward& p, const QueryPlace& at, uint32_t* words) {
+/// One bit for each key block: whether query block i attends it.
+__device__ __forceinline__ void fill_list(const SparseForward& p, const QueryPlace& at,
+                                          uint32_t* words) {
+  constexpr int kTogether = 8;  // loads under way
   const Axis& keys = p.frame.keys;
+  const bool is_dense = p.map.data == nullptr || at.block.is_protected;
+  const int64_t first = p.map.offset(at.b, at.h, at.i, 0);
   const int num_words = (keys.num_blocks + 31) / 32;
-#pragma unroll 4
-  for (int w = 0; w < num_words; ++w) {
-    const int32_t j = w * 32 + lane_index();
-    bool is_critical = j >= at.block.other_begin && j < at.block.other_end;
-    if (is_critical && !at.block.is_protected && p.map.data != nullptr) {
-      is_critical = p.map.block_class(p.map.offset(at.b, at.h, at.i, j)) == 1 ||
-                    (keys.table != nullptr && keys.table[j].is_protected);
+  for (int w_first = 0; w_first < num_words; w_first += kTogether) {
+    bool is_critical[kTogether];
+#pragma unroll
+    for (int n = 0; n < kTogether; ++n) {
+      const int32_t j = (w_first + n) * 32 + lane_index();
+      is_critical[n] = j >= at.block.other_begin && j < at.block.other_end;
+      if (is_critical[n] && !is_dense) {
+        is_critical[n] = p.map.block_class(first + j * p.map.stride_j) == 1;
+        if (keys.table != nullptr) is_critical[n] |= keys.table[j].is_protected != 0;
+      }
     }
-    const uint32_t word = __ballot_sync(kAllLanes, is_critical);
-    if (lane_index() == 0) words[w] = word;
+#pragma unroll
+    for (int n = 0; n < kTogether; ++n) {
+      const uint32_t word = __ballot_sync(kAllLanes, is_critical[n]);
+      if (lane_index() == 0 && w_first + n < num_words) words[w_first + n] = word;
+    }
   }
 }
 
@@ -105,6 +127,7 @@ __device__ void look_up(const SparseForwardSm90Params& params,
   const SparseForward& p = params.forward;
   const int num_words = (p.frame.keys.num_blocks + 31) / 32;
   RingCursor<2> list;
+  RingCursor<Traits::kPlaces> place;
   for (auto idx = static_cast<int32_t>(blockIdx.x);; idx += static_cast<int32_t>(gridDim.x)) {
     const bool is_end = idx >= params.num_blocks;
     QueryPlace at{};
@@ -116,8 +139,16 @@ __device__ void look_up(const SparseForwardSm90Params& params,
       continue;
     }
     wait(shared.list_empty[list.slot], list.parity ^ 1);
-    if (!is_end) fill_list<Traits>(p, at, shared.lists + list.slot * num_words);
-    if (lane_index() == 0) shared.list_block[list.slot] = is_end ? -1 : idx;
+    if (!is_end) fill_list(p, at, shared.lists + list.slot * num_words);
+    if (lane_index() == 0) {
+      const int32_t mean =
+          (at.b * p.frame.num_kv_heads + at.h_kv) * p.frame.keys.num_sequences + at.block.sequence;
+      shared.places[place.slot] = {at.b, at.h, at.h_kv, at.block.begin, at.block.rows, mean};
+      shared.list_block[list.slot] = is_end ? -1 : place.slot;
+      shared.list_begin[list.slot] = at.block.other_begin;
+      shared.list_end[list.slot] = at.block.other_end;
+    }
+    place.advance();
     __syncwarp();
     if (lane_index() == 0) arrive(shared.list_full[list.slot]);
     list.advance();
@@ -141,18 +172,21 @@ class SparseForwardSm90Loader {
     uint32_t q_parity = 0;
     while (true) {
       wait(shared_.list_full[list.slot], list.parity);
-      const int32_t idx = shared_.list_block[list.slot];
-      if (idx < 0) break;
-      const QueryPlace at = query_place(p.frame, p.wave, idx);
+      const int32_t place = shared_.list_block[list.slot];
+      if (place < 0) break;
+      const BlockPlace at = shared_.places[place];
       wait(shared_.q_empty, q_parity ^ 1);
       q_parity ^= 1;
       load_queries(at);
       const RowScan scan(shared_.lists + list.slot * num_words, p.frame.keys.num_blocks);
       TileQueue<Traits::kRunK> queue;
-      queue.start(scan, p.frame.keys, at.block, nullptr);
+      BlockInfo block_info{};
+      block_info.other_begin = shared_.list_begin[list.slot];
+      block_info.other_end = shared_.list_end[list.slot];
+      queue.start(scan, p.frame.keys, block_info, nullptr);
       // A block without critical keys gets a tile without keys: zeros from past the end.
       if (queue.tiles[0].num_keys == 0) queue.tiles[0].first_key = p.frame.keys.length;
-      int32_t block = idx;
+      int32_t block = place;
       do {
         const Tile tile{{queue.tiles[0].first_key, queue.tiles[1].first_key},
                         {queue.tiles[0].num_keys, queue.tiles[1].num_keys},
@@ -183,12 +217,12 @@ class SparseForwardSm90Loader {
     int32_t first_key[2], num_keys[2], h, b;
   };
 
-  __device__ void load_queries(const QueryPlace& at) {
+  __device__ void load_queries(const BlockPlace& at) {
     arrive_expecting(shared_.q_full, Traits::kTileQ * kHeadDim * 2);
 #pragma unroll
     for (int slice = 0; slice < Traits::kSlices; ++slice) {
       load_box(reinterpret_cast<unsigned char*>(shared_.q) + slice * Traits::kSliceBytesQ,
-               params_.q, shared_.q_full, slice * 64, at.block.begin, at.h, at.b);
+               params_.q, shared_.q_full, slice * 64, at.begin, at.h, at.b);
     }
   }
   __device__ void load_keys(const Tile& tile, int32_t block) {
@@ -251,16 +285,17 @@ class SparseForwardSm90Rows {
     load_queries(tile.block);
     tile.has_second() ? first_step<kTileK>(tile) : first_step<kRunK>(tile);
     bool had_second = tile.has_second();
-    while (true) {
-      wait(shared_.full[ring_.slot], ring_.parity);
-      tile = shared_.infos[ring_.slot];
-      if (tile.num_keys == TileInfo::kEnd) break;
-      if (tile.has_second()) {
+    wait(shared_.full[ring_.slot], ring_.parity);
+    tile = shared_.infos[ring_.slot];
+    if (tile.block >= 0) load_queries(tile.block);
+    while (tile.num_keys != TileInfo::kEnd) {
+      const bool has_second = tile.has_second();
+      if (has_second) {
         had_second ? step<kTileK, kTileK>(tile) : step<kTileK, kRunK>(tile);
       } else {
         had_second ? step<kRunK, kTileK>(tile) : step<kRunK, kRunK>(tile);
       }
-      had_second = tile.has_second();
+      had_second = has_second;
     }
     ring_.advance();
     had_second ? last_step<kTileK>() : last_step<kRunK>();
@@ -288,10 +323,9 @@ class SparseForwardSm90Rows {
   /// S and P of a tile, and P v of the one before. A function of both tiles' widths, so that no
   /// branch lies between products: the compiler would wait for each of them.
   template <int kKeys, int kKeysBefore>
-  __device__ __forceinline__ void step(const TileInfo& tile) {
+  __device__ __forceinline__ void step(TileInfo& tile) {
     const bool is_new = tile.block >= 0;
     const int32_t old_block = block_;
-    if (is_new) load_queries(tile.block);
     const int k_slot = ring_.slot;
     float s[kKeys / 2];
     start_scores<kKeys>(s);
@@ -305,10 +339,17 @@ class SparseForwardSm90Rows {
     const float old_sum[2] = {row_sum_[0], row_sum_[1]};
     if (is_new) reset(tile.block);
     softmax<kKeys>(s, tile);
+    pin(s);
+    // The next tile is waited for here, as the compiler would move the softmax past the wait for
+    // the products but for a branch between them.
+    wait(shared_.full[ring_.slot], ring_.parity);
+    tile = shared_.infos[ring_.slot];
+    if (tile.block >= 0) load_queries(tile.block);
     wgmma_wait<0>();
     release(v_slot);
+    is_first_ = is_new;
     if (is_new) {
-      finish(old_block, old_max, old_sum, q_parity_ ^ 1);
+      finish(old_block, old_max, old_sum);
     } else if (is_raised_) {
       rescale();
     }
@@ -318,7 +359,7 @@ class SparseForwardSm90Rows {
   __device__ __forceinline__ void last_step() {
     start_values<kKeys>();
     wgmma_wait<0>();
-    finish(block_, row_max_, row_sum_, q_parity_);
+    finish(block_, row_max_, row_sum_);
   }
 
   /// The warp's 16 rows of the queries as A fragments.
@@ -345,11 +386,8 @@ class SparseForwardSm90Rows {
     T low, high;
   };
   __device__ void find_lse_shift(int32_t block) {
-    const Frame& f = p_.frame;
-    const QueryPlace at = query_place(f, p_.wave, block);
-    const int64_t sequence =
-        (int64_t{at.b} * f.num_kv_heads + at.h_kv) * f.keys.num_sequences + at.block.sequence;
-    const float* const mean = p_.k_mean + sequence * kHeadDim + lane_ % 4 * 2;
+    const float* const mean =
+        p_.k_mean + int64_t{shared_.places[block].mean} * kHeadDim + lane_ % 4 * 2;
     float sum[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int n = 0; n < kHeadDim / 4; ++n) {
@@ -361,7 +399,7 @@ class SparseForwardSm90Rows {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float dot = quad_sum(sum[half]);
-      if (lane_ % 4 == 0) shared_.lse_shift[q_parity_][row_of(half)] = p_.scale * dot;
+      if (lane_ % 4 == 0) shared_.lse_shift[block % 3][row_of(half)] = p_.scale * dot;
     }
   }
   __device__ int row_of(int half) const { return warp_row_ + half * 8 + lane_ / 4; }
@@ -369,13 +407,13 @@ class SparseForwardSm90Rows {
   /// Starts S = q k^T of the tile in the current slot.
   template <int kKeys>
   __device__ __forceinline__ void start_scores(float (&s)[kKeys / 2]) {
-    const uint64_t b = matrix_descriptor(shared_address(shared_.slots[ring_.slot]), 0);
+    const uint32_t b = matrix_descriptor(shared_address(shared_.slots[ring_.slot]), 0);
     wgmma_fence();
-    wgmma<T, kKeys, false, false>(s, q_, b);
+    wgmma<T, kKeys, false>(s, q_, b, 0);
 #pragma unroll
     for (int d = 1; d < kHeadDim / 16; ++d) {
-      wgmma<T, kKeys, false, true>(s, q_ + d * 4,
-                                   b + ((d / 4 * Traits::kSliceBytesK + d % 4 * 32) >> 4));
+      wgmma<T, kKeys, false>(s, q_ + d * 4, b + ((d / 4 * Traits::kSliceBytesK + d % 4 * 32) >> 4),
+                             1);
     }
     wgmma_commit();
   }
@@ -384,12 +422,13 @@ class SparseForwardSm90Rows {
   template <int kKeys>
   __device__ __forceinline__ void start_values() {
     wait(shared_.full[ring_.slot], ring_.parity);
-    const uint64_t b =
+    const uint32_t b =
         matrix_descriptor(shared_address(shared_.slots[ring_.slot]), Traits::kSliceBytesK);
     wgmma_fence();
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
-      wgmma<T, kHeadDim, true, true>(o_, p_frag_ + n * 4, b + (n * 16 * 128 >> 4));
+      wgmma<T, kHeadDim, true>(o_, p_frag_ + n * 4, b + (n * 16 * 128 >> 4),
+                               n == 0 ? !is_first_ : 1);
     }
     wgmma_commit();
   }
@@ -404,12 +443,13 @@ class SparseForwardSm90Rows {
     is_raised_ = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float highest = s[half * 2];
+      float highest[2] = {s[half * 2], s[half * 2 + 1]};
 #pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-        highest = fmaxf(highest, fmaxf(s[n * 4 + half * 2], s[n * 4 + half * 2 + 1]));
+      for (int n = 1; n < kKeys / 8; ++n) {
+        highest[0] = fmaxf(highest[0], s[n * 4 + half * 2]);
+        highest[1] = fmaxf(highest[1], s[n * 4 + half * 2 + 1]);
       }
-      top[half] = quad_max(highest) * p_.scale_log2;
+      top[half] = quad_max(fmaxf(highest[0], highest[1])) * p_.scale_log2;
       is_raised_ |= top[half] > row_max_[half] + kLazyLog2;
     }
     is_raised_ = __any_sync(kAllLanes, is_raised_);
@@ -463,42 +503,38 @@ class SparseForwardSm90Rows {
     for (int n = 0; n < kKeys / 4; ++n) p_frag_[n] = pack<T>(s[n * 2], s[n * 2 + 1]);
   }
 
-  /// Divides by the row sums, stores o and lse of a query block, and clears o.
-  __device__ void finish(int32_t block, const float (&row_max)[2], const float (&row_sum)[2],
-                         uint32_t shift_idx) {
-    const QueryPlace at = query_place(p_.frame, p_.wave, block);
-    const int quad_lane = lane_ % 4;
+  /// Divides by the row sums and stores o and lse of a query block.
+  __device__ void finish(int32_t block, const float (&row_max)[2], const float (&row_sum)[2]) {
+    const BlockPlace at = shared_.places[block];
+    T* const head = p_.o.head<T>(at.b, at.h) + lane_ % 4 * 8;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int r = row_of(half);
       const float sum = quad_sum(row_sum[half]);
       const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-      const bool is_row = r < at.block.rows;
-      const int32_t position = at.block.begin + r;
-      if (is_row && quad_lane == 0) {
+      const bool is_row = r < at.rows;
+      if (is_row && lane_ % 4 == 0) {
         float lse = sum == 0.0f ? -INFINITY : fmaf(row_max[half], kLn2, logf(sum));
-        if (p_.k_mean != nullptr) lse -= shared_.lse_shift[shift_idx][r];
-        *p_.lse.at(at.b, at.h, position) = lse;
+        if (p_.k_mean != nullptr) lse -= shared_.lse_shift[block % 3][r];
+        *p_.lse.at(at.b, at.h, at.begin + r) = lse;
       }
-      T* const row = p_.o.row<T>(at.b, at.h, is_row ? position : 0) + quad_lane * 8;
+      T* const row = head + (at.begin + r) * p_.o.stride_n;
 #pragma unroll
-      for (int d = 0; d < kHeadDim / 32; ++d) {
-        // Four lanes hold a row's 32 columns, two of every eight; each shall have eight in a row.
+      for (int d = 0; d < kHeadDim; d += 32) {
+        // Four lanes hold 32 columns of a row, two of every eight; each shall have eight in a row.
         uint32_t w[4];
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
-          const float* const o = o_ + (d * 4 + n) * 4 + half * 2;
+          const float* const o = o_ + d / 2 + n * 4 + half * 2;
           w[n] = pack<T>(o[0] * inverse, o[1] * inverse);
         }
         exchange<1>(w[0], w[1]);
         exchange<1>(w[2], w[3]);
         exchange<2>(w[0], w[2]);
         exchange<2>(w[1], w[3]);
-        if (is_row) *reinterpret_cast<uint4*>(row + d * 32) = make_uint4(w[0], w[1], w[2], w[3]);
+        if (is_row) *reinterpret_cast<uint4*>(row + d) = make_uint4(w[0], w[1], w[2], w[3]);
       }
     }
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 2; ++n) o_[n] = 0.0f;
   }
   /// Transposes 2 x 2 words of lanes whose numbers differ by kStep.
   template <int kStep>
@@ -516,12 +552,13 @@ class SparseForwardSm90Rows {
   uint32_t q_parity_ = 0;
   int32_t block_ = 0;
 
-  float o_[kHeadDim / 2] = {};     // o_s times l
+  float o_[kHeadDim / 2];          // o_s times l
   uint32_t p_frag_[kTileK / 4];    // P
   uint32_t q_[kHeadDim / 4];       // q
   float row_max_[2], row_sum_[2];  // m, log2 units; l of this lane's columns
   float factor_[2];
   bool is_raised_ = false;
+  bool is_first_ = true;  // whether nothing is in o yet
 };
 
 template <class Traits>
