@@ -54,7 +54,7 @@ struct BlockPlace {
 struct TileInfo {
   uint32_t num_keys;  // of the first run, and 256 times those of the second; kEnd: no more tiles
   int32_t block;      // whether a query block begins: its entry in `places`, else -1
-  static constexpr uint32_t kEnd = 1u << 31, kFull = 64 + 256 * 64;
+  static constexpr uint32_t kEnd = 255, kFull = 64 + 256 * 64;
 
   __device__ bool has_second() const { return num_keys >= 256; }
 };
@@ -75,7 +75,7 @@ struct SparseForwardSm90Shared {
 };
 
 struct SparseForwardSm90Params {
-  CUtensorMap q, k, v;
+  CUtensorMap q, k, v, o;
   SparseForward forward;
   int32_t num_blocks;  // query blocks of all heads
 };
@@ -268,11 +268,13 @@ class SparseForwardSm90Rows {
   using T = typename Traits::T;
   static constexpr int kHeadDim = Traits::kHeadDim, kTileK = Traits::kTileK;
   static constexpr int kRunK = Traits::kRunK;
+  static constexpr int kFirstTurn = 1, kMultiplyThreads = Traits::kMultiplyWarps * kWarpSize;
 
  public:
   __device__ SparseForwardSm90Rows(const SparseForwardSm90Params& params,
                                    SparseForwardSm90Shared<Traits>& shared)
       : p_(params.forward),
+        o_map_(params.o),
         shared_(shared),
         lane_(lane_index()),
         warp_row_(warp_index() * 16 - 64) {}
@@ -281,24 +283,29 @@ class SparseForwardSm90Rows {
     wait(shared_.full[0], 0);
     TileInfo tile = shared_.infos[0];
     if (tile.num_keys == TileInfo::kEnd) return;
+    if (warp_index() >= 8) arrive_named(kFirstTurn, kMultiplyThreads);
     reset(tile.block);
     load_queries(tile.block);
+    is_q_held_ = true;
     tile.has_second() ? first_step<kTileK>(tile) : first_step<kRunK>(tile);
     bool had_second = tile.has_second();
     wait(shared_.full[ring_.slot], ring_.parity);
     tile = shared_.infos[ring_.slot];
-    if (tile.block >= 0) load_queries(tile.block);
+    if (tile.block >= 0) [[unlikely]]
+      load_queries(tile.block);
     while (tile.num_keys != TileInfo::kEnd) {
-      const bool has_second = tile.has_second();
-      if (has_second) {
-        had_second ? step<kTileK, kTileK>(tile) : step<kTileK, kRunK>(tile);
+      if (tile.has_second()) {
+        if (!had_second) step<kTileK, kRunK>(tile);
+        while (tile.has_second()) step<kTileK, kTileK>(tile);
+        had_second = true;
       } else {
         had_second ? step<kRunK, kTileK>(tile) : step<kRunK, kRunK>(tile);
+        had_second = false;
       }
-      had_second = has_second;
     }
     ring_.advance();
     had_second ? last_step<kTileK>() : last_step<kRunK>();
+    if (warp_index() < 8) sync_named(kFirstTurn, kMultiplyThreads);  // what was arrived for
   }
 
  private:
@@ -318,7 +325,8 @@ class SparseForwardSm90Rows {
     release(0);
     ring_.advance();
     softmax<kKeys>(s, tile);
-    pack_p<kKeys>(s);
+    pack_p<0>(s);
+    if constexpr (kKeys > kRunK) pack_p<1>(s);
   }
   /// S and P of a tile, and P v of the one before. A function of both tiles' widths, so that no
   /// branch lies between products: the compiler would wait for each of them.
@@ -328,42 +336,54 @@ class SparseForwardSm90Rows {
     const int32_t old_block = block_;
     const int k_slot = ring_.slot;
     float s[kKeys / 2];
+    sync_named(warp_index() / 4, kMultiplyThreads);  // one warpgroup after the other
     start_scores<kKeys>(s);
     ring_.advance();
     const int v_slot = ring_.slot;
     start_values<kKeysBefore>();
     ring_.advance();
+    arrive_named(3 - warp_index() / 4, kMultiplyThreads);
     wgmma_wait<1>();
     release(k_slot);
+    if (is_q_held_) [[unlikely]]
+      give_back_queries();
     const float old_max[2] = {row_max_[0], row_max_[1]};
     const float old_sum[2] = {row_sum_[0], row_sum_[1]};
     if (is_new) reset(tile.block);
-    softmax<kKeys>(s, tile);
-    pin(s);
-    // The next tile is waited for here, as the compiler would move the softmax past the wait for
-    // the products but for a branch between them.
-    wait(shared_.full[ring_.slot], ring_.parity);
-    tile = shared_.infos[ring_.slot];
-    if (tile.block >= 0) load_queries(tile.block);
+    start_softmax<kKeys>(s, tile);
+    find_tops<0>(s);
+    exponentials<0>(s);
+    if constexpr (kKeys > kRunK) find_tops<1>(s);
+    const bool is_raised = is_raised_;
     wgmma_wait<0>();
     release(v_slot);
+    pack_p<0>(s);
+    if constexpr (kKeys > kRunK) {
+      exponentials<1>(s);
+      pack_p<1>(s);
+    }
     is_first_ = is_new;
-    if (is_new) {
+    if (is_new) [[unlikely]] {
       finish(old_block, old_max, old_sum);
-    } else if (is_raised_) {
+    } else if (is_raised) [[unlikely]] {
       rescale();
     }
-    pack_p<kKeys>(s);
+    wait(shared_.full[ring_.slot], ring_.parity);
+    tile = shared_.infos[ring_.slot];
+    if (tile.block >= 0) [[unlikely]]
+      load_queries(tile.block);
   }
   template <int kKeys>
   __device__ __forceinline__ void last_step() {
     start_values<kKeys>();
     wgmma_wait<0>();
     finish(block_, row_max_, row_sum_);
+    if (lane_ == 0) wait_stores();
   }
 
   /// The warp's 16 rows of the queries as A fragments.
   __device__ void load_queries(int32_t block) {
+    if (is_q_held_) give_back_queries();
     wait(shared_.q_full, q_parity_);
     q_parity_ ^= 1;
     const int row = warp_row_ + lane_ % 16;
@@ -376,9 +396,16 @@ class SparseForwardSm90Rows {
 #pragma unroll
       for (int n = 0; n < 4; ++n) q_[d * 4 + n] = a[n];
     }
-    __syncwarp();
-    if (lane_ == 0) arrive(shared_.q_empty);
-    if (p_.k_mean != nullptr) find_lse_shift(block);
+    if (p_.k_mean != nullptr) [[unlikely]]
+      find_lse_shift(block);
+  }
+  /// Lets the next queries be loaded, once the rows of o that lay in their place have left.
+  __device__ void give_back_queries() {
+    if (lane_ == 0) {
+      wait_stores_read();
+      arrive(shared_.q_empty);
+    }
+    is_q_held_ = false;
   }
   /// scale q_r . k_mean of the block's sequence: what lse loses where keys are smoothed. A quad's
   /// first lane keeps it for finish().
@@ -433,50 +460,69 @@ class SparseForwardSm90Rows {
     wgmma_commit();
   }
 
-  /// One step of online softmax: S becomes P. A row keeps an older maximum as long as P stays below
-  /// 2^kLazyLog2: most tiles then rescale nothing.
+  /// Online softmax, a run of keys at a time: S becomes P. A row keeps an older maximum as long as
+  /// P stays below 2^kLazyLog2: most runs then rescale nothing, and no maximum has to be agreed
+  /// upon by the four lanes of a row. That of the second run is found while the first one waits for
+  /// its exponentials.
   template <int kKeys>
   __device__ __forceinline__ void softmax(float (&s)[kKeys / 2], const TileInfo& tile) {
-    if (tile.num_keys != (kKeys == kTileK ? TileInfo::kFull : kRunK)) mask_keys<kKeys>(s, tile);
-    constexpr float kLazyLog2 = 8.0f;
-    float top[2];
+    start_softmax<kKeys>(s, tile);
+    find_tops<0>(s);
+    exponentials<0>(s);
+    if constexpr (kKeys > kRunK) {
+      find_tops<1>(s);
+      exponentials<1>(s);
+    }
+  }
+  template <int kKeys>
+  __device__ __forceinline__ void start_softmax(float (&s)[kKeys / 2], const TileInfo& tile) {
+    if (tile.num_keys != (kKeys == kTileK ? TileInfo::kFull : kRunK)) [[unlikely]]
+      mask_keys<kKeys>(s, tile);
     is_raised_ = false;
+  }
+  template <int kRun, int kSize>
+  __device__ __forceinline__ void find_tops(float (&s)[kSize]) {
+    constexpr float kLazyLog2 = 8.0f;
+    constexpr int kFirst = kRun * kRunK / 2;
+    float tops[4] = {s[kFirst], s[kFirst + 1], s[kFirst + 2], s[kFirst + 3]};
+#pragma unroll
+    for (int n = 4; n < kRunK / 2; ++n) tops[n % 4] = fmaxf(tops[n % 4], s[kFirst + n]);
+    const float top[2] = {fmaxf(tops[0], tops[1]) * p_.scale_log2,
+                          fmaxf(tops[2], tops[3]) * p_.scale_log2};
+    const bool is_high = top[0] > row_max_[0] + kLazyLog2 || top[1] > row_max_[1] + kLazyLog2;
+    if (__any_sync(kAllLanes, is_high)) [[unlikely]] {
+      raise(top);
+#pragma unroll
+      for (int n = 0; n < kFirst; ++n) s[n] *= last_factor_[n / 2 % 2];
+    }
+  }
+  template <int kRun, int kSize>
+  __device__ __forceinline__ void exponentials(float (&s)[kSize]) {
+    constexpr int kFirst = kRun * kRunK / 2;
+    float sums[2] = {0.0f, 0.0f};
+    // -inf - -inf is NaN: a row without keys so far is shifted by nothing.
+    const float offsets[2] = {row_max_[0] == -INFINITY ? 0.0f : -row_max_[0],
+                              row_max_[1] == -INFINITY ? 0.0f : -row_max_[1]};
+#pragma unroll
+    for (int n = kFirst; n < kFirst + kRunK / 2; ++n) {
+      s[n] = exp2_approx(fmaf(s[n], p_.scale_log2, offsets[n / 2 % 2]));
+      sums[n / 2 % 2] += s[n];
+    }
+    row_sum_[0] += sums[0];
+    row_sum_[1] += sums[1];
+  }
+  /// Raises the maxima of the warp's rows to what a run has, `top` of this lane's columns.
+  __device__ __forceinline__ void raise(const float (&top)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float highest[2] = {s[half * 2], s[half * 2 + 1]};
-#pragma unroll
-      for (int n = 1; n < kKeys / 8; ++n) {
-        highest[0] = fmaxf(highest[0], s[n * 4 + half * 2]);
-        highest[1] = fmaxf(highest[1], s[n * 4 + half * 2 + 1]);
-      }
-      top[half] = quad_max(fmaxf(highest[0], highest[1])) * p_.scale_log2;
-      is_raised_ |= top[half] > row_max_[half] + kLazyLog2;
+      const float raised = fmaxf(row_max_[half], quad_max(top[half]));
+      const float factor = raised == -INFINITY ? 1.0f : exp2_approx(row_max_[half] - raised);
+      last_factor_[half] = factor;
+      factor_[half] = is_raised_ ? factor_[half] * factor : factor;
+      row_max_[half] = raised;
+      row_sum_[half] *= factor;
     }
-    is_raised_ = __any_sync(kAllLanes, is_raised_);
-    if (is_raised_) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float raised = fmaxf(row_max_[half], top[half]);
-        factor_[half] = raised == -INFINITY ? 1.0f : exp2_approx(row_max_[half] - raised);
-        row_max_[half] = raised;
-        row_sum_[half] *= factor_[half];
-      }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      // -inf - -inf is NaN: a row without keys so far is shifted by nothing.
-      const float offset = row_max_[half] == -INFINITY ? 0.0f : -row_max_[half];
-      float sum = 0.0f;
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-        for (int e = n * 4 + half * 2; e < n * 4 + half * 2 + 2; ++e) {
-          s[e] = exp2_approx(fmaf(s[e], p_.scale_log2, offset));
-          sum += s[e];
-        }
-      }
-      row_sum_[half] += sum;
-    }
+    is_raised_ = true;
   }
   /// Columns past the last key of a run: S = -inf.
   template <int kKeys>
@@ -497,55 +543,73 @@ class SparseForwardSm90Rows {
     for (int n = 0; n < kHeadDim / 2; ++n) o_[n] *= factor_[n / 2 % 2];
   }
   /// P as A fragments.
-  template <int kKeys>
-  __device__ __forceinline__ void pack_p(const float (&s)[kKeys / 2]) {
+  template <int kRun, int kSize>
+  __device__ __forceinline__ void pack_p(const float (&s)[kSize]) {
 #pragma unroll
-    for (int n = 0; n < kKeys / 4; ++n) p_frag_[n] = pack<T>(s[n * 2], s[n * 2 + 1]);
+    for (int n = kRun * kRunK / 4; n < (kRun + 1) * kRunK / 4; ++n) {
+      p_frag_[n] = pack<T>(s[n * 2], s[n * 2 + 1]);
+    }
   }
 
-  /// Divides by the row sums and stores o and lse of a query block.
+  /// Divides by the row sums and stores o and lse of a query block. The rows of o leave through the
+  /// place of the queries, each warp's through that of its own, which it has read.
   __device__ void finish(int32_t block, const float (&row_max)[2], const float (&row_sum)[2]) {
     const BlockPlace at = shared_.places[block];
-    T* const head = p_.o.head<T>(at.b, at.h) + lane_ % 4 * 8;
+    float inverse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int r = row_of(half);
       const float sum = quad_sum(row_sum[half]);
-      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-      const bool is_row = r < at.rows;
-      if (is_row && lane_ % 4 == 0) {
-        float lse = sum == 0.0f ? -INFINITY : fmaf(row_max[half], kLn2, logf(sum));
+      inverse[half] = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
+      if (r < at.rows && lane_ % 4 == 0) {
+        float lse = sum == 0.0f ? -INFINITY : (row_max[half] + __log2f(sum)) * kLn2;
         if (p_.k_mean != nullptr) lse -= shared_.lse_shift[block % 3][r];
-        *p_.lse.at(at.b, at.h, at.begin + r) = lse;
-      }
-      T* const row = head + (at.begin + r) * p_.o.stride_n;
-#pragma unroll
-      for (int d = 0; d < kHeadDim; d += 32) {
-        // Four lanes hold 32 columns of a row, two of every eight; each shall have eight in a row.
-        uint32_t w[4];
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          const float* const o = o_ + d / 2 + n * 4 + half * 2;
-          w[n] = pack<T>(o[0] * inverse, o[1] * inverse);
-        }
-        exchange<1>(w[0], w[1]);
-        exchange<1>(w[2], w[3]);
-        exchange<2>(w[0], w[2]);
-        exchange<2>(w[1], w[3]);
-        if (is_row) *reinterpret_cast<uint4*>(row + d) = make_uint4(w[0], w[1], w[2], w[3]);
+        p_.lse.data[at.b * p_.lse.stride_b + at.h * p_.lse.stride_h + at.begin + r] = lse;
       }
     }
-  }
-  /// Transposes 2 x 2 words of lanes whose numbers differ by kStep.
-  template <int kStep>
-  __device__ __forceinline__ void exchange(uint32_t& low, uint32_t& high) const {
-    const bool is_upper = lane_ & kStep;
-    const uint32_t other = __shfl_xor_sync(kAllLanes, is_upper ? low : high, kStep);
-    low = is_upper ? other : low;
-    high = is_upper ? high : other;
+    constexpr int kSliceElements = Traits::kTileQ * 64;
+    T* const rows = shared_.q + warp_row_ * 64;
+    const SharedAddress row = shared_address(rows) + lane_ % 16 * 128;
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 16; ++d) {
+      uint32_t a[4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const float* const o = o_ + d * 8 + n * 2;
+        a[n] = pack<T>(o[0] * inverse[n % 2], o[1] * inverse[n % 2]);
+      }
+      const int chunk = (d % 4 * 2 + lane_ / 16) ^ (lane_ % 8);
+      stmatrix_x4(row + d / 4 * (kSliceElements * 2) + chunk * 16, a);
+    }
+    is_q_held_ = true;
+    const int num_rows = at.rows - warp_row_;
+    if (num_rows >= 16 || at.begin + at.rows == p_.frame.queries.length) {
+      fence_stores();
+      __syncwarp();
+      if (lane_ == 0) {
+#pragma unroll
+        for (int slice = 0; slice < Traits::kSlices; ++slice) {
+          store_box(o_map_, rows + slice * kSliceElements, slice * 64, at.begin + warp_row_, at.h,
+                    at.b);
+        }
+        commit_stores();
+      }
+      return;
+    }
+    // Rows of the next block follow those of this one.
+    __syncwarp();
+    constexpr int kChunks = kHeadDim / 8;
+    for (int idx = lane_; idx < num_rows * kChunks; idx += kWarpSize) {
+      const int r = idx / kChunks, c = idx % kChunks;
+      *reinterpret_cast<uint4*>(p_.o.row<T>(at.b, at.h, at.begin + warp_row_ + r) + c * 8) =
+          *reinterpret_cast<const uint4*>(rows + c / 8 * kSliceElements + r * 64 +
+                                          ((c ^ r) % 8) * 8);
+    }
+    __syncwarp();
   }
 
   const SparseForward& p_;
+  const CUtensorMap& o_map_;
   SparseForwardSm90Shared<Traits>& shared_;
   const int lane_, warp_row_;
   RingCursor<Traits::kSlots> ring_;
@@ -556,9 +620,10 @@ class SparseForwardSm90Rows {
   uint32_t p_frag_[kTileK / 4];    // P
   uint32_t q_[kHeadDim / 4];       // q
   float row_max_[2], row_sum_[2];  // m, log2 units; l of this lane's columns
-  float factor_[2];
+  float factor_[2], last_factor_[2];
   bool is_raised_ = false;
-  bool is_first_ = true;  // whether nothing is in o yet
+  bool is_q_held_ = false;  // whether o may still be leaving from the place of the queries
+  bool is_first_ = true;    // whether nothing is in o yet
 };
 
 template <class Traits>
@@ -606,7 +671,9 @@ bool launch_sparse_forward_sm90(const SparseForward& params, int num_multiproces
                           encode_rows(p.k, params.k, params.dtype, f.batch, f.num_kv_heads,
                                       f.keys.length, f.head_dim, Traits::kRunK) &&
                           encode_rows(p.v, params.v, params.dtype, f.batch, f.num_kv_heads,
-                                      f.keys.length, f.head_dim, Traits::kRunK);
+                                      f.keys.length, f.head_dim, Traits::kRunK) &&
+                          encode_rows(p.o, params.o, params.dtype, f.batch, f.num_heads,
+                                      f.queries.length, f.head_dim, 16);
   const int64_t shared_bytes = static_cast<int64_t>(sizeof(SparseForwardSm90Shared<Traits>)) +
                                2 * RowScan::bytes(f.keys.num_blocks);
   constexpr int64_t kMostSharedBytes = 227 * 1024;
