@@ -67,13 +67,6 @@ __device__ __forceinline__ void arrive_named(int idx, int num_threads) {
   asm volatile("barrier.arrive %0, %1;" ::"r"(idx), "r"(num_threads) : "memory");
 }
 
-/// The inverse of ldmatrix_x4: lane 8 n + r gives the address of row r of matrix n.
-__device__ __forceinline__ void stmatrix_x4(SharedAddress row, const uint32_t (&r)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
-               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-               : "memory");
-}
-
 // Registers ---------------------------------------------------------------------------------------
 
 /// All warps of a warpgroup, each warpgroup once, in a kernel of __launch_bounds__(threads, 1).
@@ -84,6 +77,17 @@ __device__ __forceinline__ void give_back_registers() {
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+/// True for one lane of a warp, all of whose lanes call it.
+__device__ __forceinline__ bool elect_one() {
+  uint32_t is_elected;
+  asm volatile(
+      "{ .reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, p; }"
+      : "=r"(is_elected));
+  return is_elected != 0;
 }
 
 // The tensor copy engine --------------------------------------------------------------------------
@@ -98,34 +102,6 @@ __device__ __forceinline__ void load_box(void* shared, const CUtensorMap& map, B
       "l"(&map), "r"(shared_address(&barrier)), "r"(d), "r"(n), "r"(h), "r"(b)
       : "memory");
 }
-/// Starts copying a box from shared memory; what lies past the end of the tensor is not written.
-/// The writes to shared memory come before fence_stores() and a barrier; the thread that starts the
-/// copy commits it.
-__device__ __forceinline__ void store_box(const CUtensorMap& map, const void* shared, int32_t d,
-                                          int32_t n, int32_t h, int32_t b) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::
-          "l"(&map),
-      "r"(shared_address(shared)), "r"(d), "r"(n), "r"(h), "r"(b)
-      : "memory");
-}
-__device__ __forceinline__ void fence_stores() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-__device__ __forceinline__ void commit_stores() {
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-/// Waits until this thread's stores have left shared memory.
-__device__ __forceinline__ void wait_stores_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-__device__ __forceinline__ void wait_stores() {
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-}
-__device__ __forceinline__ void prefetch(const CUtensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
 // Products of a warpgroup -------------------------------------------------------------------------
 
 /// Before the first product, and after registers that products use were written.
@@ -139,14 +115,6 @@ __device__ __forceinline__ void wgmma_commit() {
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-
-/// Has these values computed here, before the waits and products that follow: the compiler else
-/// moves arithmetic past them.
-template <int kSize>
-__device__ __forceinline__ void pin(float (&x)[kSize]) {
-#pragma unroll
-  for (int n = 0; n < kSize; ++n) asm volatile("" : "+f"(x[n])::"memory");
 }
 
 /// How products find B in shared memory: rows of 64 elements (128 bytes) whose 16-byte chunks are
@@ -187,8 +155,8 @@ __device__ __forceinline__ uint32_t matrix_descriptor(SharedAddress address,
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds), "n"(kIsTransposed))
 
 /// Starts D += A B with A in registers; with `adds` 0, D = A B. B is the 16 rows (kIsTransposed),
-/// or B^T the kColumns rows, at the descriptor. Elements of type T, bf16 or fp16. Only the first
-/// kColumns / 2 of `d` are used.
+/// or B^T the kColumns rows, at the descriptor. Elements of type T, bf16 or fp16. D is the
+/// first kColumns / 2 of `d`.
 template <class T, int kColumns, bool kIsTransposed, int kSize>
 __device__ __forceinline__ void wgmma(float (&d)[kSize], const uint32_t* a, uint32_t descriptor,
                                       int adds) {

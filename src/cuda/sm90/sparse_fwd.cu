@@ -1,4 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
+//
+// What the Hopper forward serves: compute capability 9.0, head_dim 64 or 128, query blocks of 65 to
+// 128 rows, rows in memory order that the copy engine can read, no policy on tiles. The environment
+// variable SPARLINE_CUDA_ARCH=80, read once, keeps to the portable kernels.
 #include <cstdlib>
 #include <cstring>
 
@@ -9,7 +13,6 @@
 namespace sparline::cuda {
 namespace {
 
-/// SPARLINE_CUDA_ARCH=80 keeps to the portable kernels, for tests and comparison. Read once.
 bool is_forced_portable() {
   static const bool is_forced = [] {
     const char* const arch = std::getenv("SPARLINE_CUDA_ARCH");
@@ -24,7 +27,7 @@ bool fits(const SparseForward& p) {
                           p.low_bit.is_enabled;
   const int32_t head_dim = p.frame.head_dim;
   return !has_policy && (head_dim == 64 || head_dim == 128) && p.block_q > 64 &&
-         p.o.is_vectorised && p.o.order == nullptr;
+         p.o.is_vectorised && p.o.order == nullptr && p.lse.order == nullptr;
 }
 
 }  // namespace

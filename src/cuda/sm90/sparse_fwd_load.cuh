@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The Hopper forward, warpgroup 0: one warp looks up the critical blocks of the query blocks to
+// come, one loads queries and keys, one values.
+#pragma once
+
+#include "cuda/common/query_place.cuh"
+#include "cuda/sm90/sparse_fwd_shared.cuh"
+
+namespace sparline::cuda {
+
+// Looking up critical blocks: one warp --------------------------------------------------------
+
+/// One bit for each key block: whether query block i attends it.
+__device__ __forceinline__ void fill_list(const SparseForward& p, const QueryPlace& at,
+                                          uint32_t* words) {
+  constexpr int kTogether = 8;  // loads under way
+  const Axis& keys = p.frame.keys;
+  const bool is_dense = p.map.data == nullptr || at.block.is_protected;
+  const int64_t first = p.map.offset(at.b, at.h, at.i, 0);
+  const int num_words = (keys.num_blocks + 31) / 32;
+  for (int w_first = 0; w_first < num_words; w_first += kTogether) {
+    bool is_critical[kTogether];
+#pragma unroll
+    for (int n = 0; n < kTogether; ++n) {
+      const int32_t j = (w_first + n) * 32 + lane_index();
+      is_critical[n] = j >= at.block.other_begin && j < at.block.other_end;
+      if (is_critical[n] && !is_dense) {
+        is_critical[n] = p.map.block_class(first + j * p.map.stride_j) == 1;
+        if (keys.table != nullptr) is_critical[n] |= keys.table[j].is_protected != 0;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kTogether; ++n) {
+      const uint32_t word = __ballot_sync(kAllLanes, is_critical[n]);
+      if (lane_index() == 0 && w_first + n < num_words) words[w_first + n] = word;
+    }
+  }
+}
+
+template <class Traits>
+__device__ void look_up(const SparseForwardSm90Params& params,
+                        SparseForwardSm90Shared<Traits>& shared) {
+  const SparseForward& p = params.forward;
+  const int num_words = (p.frame.keys.num_blocks + 31) / 32;
+  RingCursor<2> list;
+  RingCursor<Traits::kPlaces> place;
+  for (auto idx = static_cast<int32_t>(blockIdx.x);; idx += static_cast<int32_t>(gridDim.x)) {
+    const bool is_end = idx >= params.num_blocks;
+    QueryPlace at{};
+    if (!is_end) at = query_place(p.frame, p.wave, idx);
+    if (!is_end && p.is_protected_only && !at.block.is_protected) {
+      for (int r = lane_index(); r < at.block.rows; r += kWarpSize) {
+        *p.lse.at(at.b, at.h, at.block.begin + r) = -INFINITY;
+      }
+      continue;
+    }
+    wait(shared.list_empty[list.slot], list.parity ^ 1);
+    if (!is_end) fill_list(p, at, shared.lists + list.slot * num_words);
+    if (lane_index() == 0) {
+      BlockPlace& to = shared.places[place.slot];
+      to = {at.b, at.h, at.h_kv, at.block.begin, at.block.rows, 0};
+      to.mean =
+          (at.b * p.frame.num_kv_heads + at.h_kv) * p.frame.keys.num_sequences + at.block.sequence;
+      shared.list_block[list.slot] = is_end ? -1 : place.slot;
+    }
+    place.advance();
+    __syncwarp();
+    if (lane_index() == 0) arrive(shared.list_full[list.slot]);
+    list.advance();
+    if (is_end) return;
+  }
+}
+
+// Loading: two warps ---------------------------------------------------------------------------
+
+/// A run of at most 64 keys of one key block; none: no keys, past the end of the axis.
+struct KeyRun {
+  int32_t first_key, num_keys;
+};
+
+/// Walks the attended keys of a query block, ascending.
+class KeyRuns {
+ public:
+  __device__ KeyRuns(const Axis& keys, const uint32_t* words)
+      : keys_(keys), words_(words), num_words_((keys.num_blocks + 31) / 32), rest_(words[0]) {}
+
+  template <int kMostKeys>
+  __device__ __forceinline__ KeyRun next() {
+    if (num_left_ <= 0) {
+      while (rest_ == 0) {
+        if (++word_ >= num_words_) return {keys_.length, 0};
+        rest_ = words_[word_];
+      }
+      const int32_t j = word_ * 32 + __ffs(static_cast<int>(rest_)) - 1;
+      rest_ &= rest_ - 1;
+      const BlockInfo block = keys_.block(j);
+      first_key_ = block.begin;
+      num_left_ = block.rows;
+    }
+    const KeyRun run{first_key_, min(num_left_, kMostKeys)};
+    first_key_ += kMostKeys;
+    num_left_ -= kMostKeys;
+    return run;
+  }
+
+ private:
+  const Axis& keys_;
+  const uint32_t* const words_;
+  const int num_words_;
+  int word_ = 0;
+  uint32_t rest_;
+  int32_t first_key_ = 0, num_left_ = 0;
+};
+
+/// One warp loads queries and keys, another one values (kIsValues). The slots are taken in the
+/// order K0, K1, V0, K2, V1 and so on, as the products are. All lanes follow the loops, so that the
+/// compiler sees that what the copy engine is told is the same for all; one of them tells it.
+template <class Traits, bool kIsValues>
+class SparseForwardSm90Loader {
+ public:
+  __device__ SparseForwardSm90Loader(const SparseForwardSm90Params& params,
+                                     SparseForwardSm90Shared<Traits>& shared)
+      : params_(params), shared_(shared) {
+    if constexpr (kIsValues) {
+      ring_.advance();
+      ring_.advance();
+    }
+  }
+
+  __device__ void run() {
+    const Axis& keys = params_.forward.frame.keys;
+    const int num_words = (keys.num_blocks + 31) / 32;
+    RingCursor<2> list;
+    uint32_t q_parity = 0;
+    while (true) {
+      wait(shared_.list_full[list.slot], list.parity);
+      const int32_t place = shared_.list_block[list.slot];
+      if (place < 0) break;
+      const BlockPlace at = shared_.places[place];
+      KeyRuns runs(keys, shared_.lists + list.slot * num_words);
+      int32_t block = place;
+      KeyRun first = runs.template next<kRunK>(), second;
+      // A block without critical keys gets a tile without keys: zeros from past the end.
+      do {
+        second = runs.template next<kRunK>();
+        load(first, second, at, block);
+        // After the first keys, which tell those who multiply of the block: the place of the
+        // queries may be free only then.
+        if (!kIsValues && block >= 0) {
+          wait(shared_.q_empty, q_parity ^ 1);
+          q_parity ^= 1;
+          if (elect_one()) load_queries(at);
+        }
+        block = -1;
+        if (second.num_keys == 0) break;
+        first = runs.template next<kRunK>();
+      } while (first.num_keys > 0);
+      __syncwarp();
+      if (elect_one()) arrive(shared_.list_empty[list.slot]);
+      list.advance();
+    }
+    if constexpr (!kIsValues) {
+      wait(shared_.empty[ring_.slot], ring_.parity ^ 1);
+      if (elect_one()) {
+        shared_.infos[ring_.slot] = {TileInfo::kEnd, -1};
+        arrive(shared_.full[ring_.slot]);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kRunK = Traits::kRunK, kHeadDim = Traits::kHeadDim;
+
+  __device__ void load_queries(const BlockPlace& at) {
+    arrive_expecting(shared_.q_full, Traits::kTileQ * kHeadDim * 2);
+#pragma unroll
+    for (int slice = 0; slice < Traits::kSlices; ++slice) {
+      load_box(reinterpret_cast<unsigned char*>(shared_.q) + slice * Traits::kSliceBytesQ,
+               params_.q, shared_.q_full, slice * 64, at.begin, at.h, at.b);
+    }
+  }
+  __device__ __forceinline__ void load(const KeyRun& first, const KeyRun& second,
+                                       const BlockPlace& at, int32_t block) {
+    wait(shared_.empty[ring_.slot], ring_.parity ^ 1);
+    const bool has_second = second.num_keys > 0;
+    if (elect_one()) {
+      if constexpr (!kIsValues) {
+        shared_.infos[ring_.slot] = {static_cast<uint32_t>(first.num_keys + 256 * second.num_keys),
+                                     block};
+      }
+      arrive_expecting(shared_.full[ring_.slot], (has_second ? 2 : 1) * (kRunK * kHeadDim * 2));
+      load_run(first.first_key, 0, at);
+      if (has_second) load_run(second.first_key, kRunK * 128, at);
+    }
+    __syncwarp();
+    ring_.advance();
+    if (kIsValues || !is_first_) ring_.advance();
+    is_first_ = false;
+  }
+  __device__ __forceinline__ void load_run(int32_t first_key, int offset, const BlockPlace& at) {
+    auto* const slot = reinterpret_cast<unsigned char*>(shared_.slots[ring_.slot]);
+#pragma unroll
+    for (int slice = 0; slice < Traits::kSlices; ++slice) {
+      load_box(slot + slice * Traits::kSliceBytesK + offset, kIsValues ? params_.v : params_.k,
+               shared_.full[ring_.slot], slice * 64, first_key, at.h_kv, at.b);
+    }
+  }
+
+  const SparseForwardSm90Params& params_;
+  SparseForwardSm90Shared<Traits>& shared_;
+  RingCursor<Traits::kSlots> ring_;
+  bool is_first_ = true;
+};
+
+}  // namespace sparline::cuda

@@ -1,0 +1,348 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The Hopper forward, warpgroups 1 and 2: products, softmax, and what leaves.
+#pragma once
+
+#include <bit>
+
+#include "cuda/sm90/sparse_fwd_shared.cuh"
+
+namespace sparline::cuda {
+
+/// 64 query rows of every block, for one warpgroup: warps 4 to 7, or 8 to 11. A warp holds 16 of
+/// them, a lane two (halves 0 and 1, rows g and g + 8 of its fragments).
+template <class Traits>
+class SparseForwardSm90Rows {
+  using T = typename Traits::T;
+  static constexpr int kHeadDim = Traits::kHeadDim, kTileK = Traits::kTileK;
+  static constexpr int kRunK = Traits::kRunK;
+  static constexpr int kFirstTurn = 1, kMultiplyThreads = Traits::kMultiplyWarps * kWarpSize;
+
+ public:
+  __device__ SparseForwardSm90Rows(const SparseForwardSm90Params& params,
+                                   SparseForwardSm90Shared<Traits>& shared)
+      : p_(params.forward),
+        shared_(shared),
+        lane_(lane_index()),
+        warp_row_(warp_index() * 16 - 64) {}
+
+  __device__ void run() {
+    wait(shared_.full[0], 0);
+    TileInfo tile = shared_.infos[0];
+    if (tile.num_keys == TileInfo::kEnd) return;
+    if (Traits::kTakesTurns && warp_index() >= 8) arrive_named(kFirstTurn, kMultiplyThreads);
+    reset(tile.block);
+    load_queries(tile.block);
+    tile.has_second() ? first_step<kTileK>(tile) : first_step<kRunK>(tile);
+    bool had_second = tile.has_second();
+    wait(shared_.full[ring_.slot], ring_.parity);
+    tile = shared_.infos[ring_.slot];
+    if (tile.block >= 0) load_queries(tile.block);
+    while (tile.num_keys != TileInfo::kEnd) {
+      const bool has_second = tile.has_second();
+      if (has_second) {
+        had_second ? step<kTileK, kTileK>(tile) : step<kTileK, kRunK>(tile);
+      } else {
+        had_second ? step<kRunK, kTileK>(tile) : step<kRunK, kRunK>(tile);
+      }
+      had_second = has_second;
+    }
+    ring_.advance();
+    had_second ? last_step<kTileK>() : last_step<kRunK>();
+    // The other warpgroup has arrived once more.
+    if (Traits::kTakesTurns && warp_index() < 8) sync_named(kFirstTurn, kMultiplyThreads);
+  }
+
+ private:
+  __device__ void release(int slot) {
+    if (lane_ == 0) arrive(shared_.empty[slot]);
+  }
+  __device__ void reset(int32_t block) {
+    block_ = block;
+    row_max_[0] = row_max_[1] = -INFINITY;
+    row_sum_[0] = row_sum_[1] = 0.0f;
+  }
+  template <int kKeys>
+  __device__ __forceinline__ void first_step(const TileInfo& tile) {
+    float s[kKeys / 2];
+    start_scores<kKeys>(s);
+    wgmma_wait<0>();
+    release(0);
+    ring_.advance();
+    softmax<kKeys>(s, tile);
+    pack_p<0>(s);
+    if constexpr (kKeys > kRunK) pack_p<1>(s);
+  }
+  /// S and P of a tile, and P v of the one before; then waits for the next tile and tells of it. A
+  /// function of both tiles' widths, so that no branch lies between products: ptxas 13.0 would wait
+  /// for each of them (C7515). The scores are a local array for the same reason (C7511).
+  template <int kKeys, int kKeysBefore>
+  __device__ __forceinline__ void step(TileInfo& tile) {
+    const bool is_new = tile.block >= 0;
+    const int32_t old_block = block_;
+    const int k_slot = ring_.slot;
+    float s[kKeys / 2];
+    if constexpr (Traits::kTakesTurns) sync_named(warp_index() / 4, kMultiplyThreads);
+    start_scores<kKeys>(s);
+    ring_.advance();
+    const int v_slot = ring_.slot;
+    start_values<kKeysBefore>();
+    ring_.advance();
+    if constexpr (Traits::kTakesTurns) arrive_named(3 - warp_index() / 4, kMultiplyThreads);
+    wgmma_wait<1>();
+    release(k_slot);
+    const float old_max[2] = {row_max_[0], row_max_[1]};
+    const float old_sum[2] = {row_sum_[0], row_sum_[1]};
+    if (is_new) reset(tile.block);
+    start_softmax<kKeys>(s, tile);
+    find_tops<0>(s);
+    exponentials<0>(s);
+    if constexpr (kKeys > kRunK) find_tops<1>(s);
+    const bool is_raised = is_raised_;
+    // After a branch (find_tops): ptxas would move the exponentials of a basic block past the wait.
+    wgmma_wait<0>();
+    release(v_slot);
+    pack_p<0>(s);
+    if constexpr (kKeys > kRunK) {
+      exponentials<1>(s);
+      pack_p<1>(s);
+    }
+    is_first_ = is_new;
+    if (is_new) {
+      finish(old_block, old_max, old_sum);
+    } else if (is_raised) {
+      rescale();
+    }
+    wait(shared_.full[ring_.slot], ring_.parity);
+    tile = shared_.infos[ring_.slot];
+    if (tile.block >= 0) load_queries(tile.block);
+  }
+  template <int kKeys>
+  __device__ __forceinline__ void last_step() {
+    start_values<kKeys>();
+    wgmma_wait<0>();
+    finish(block_, row_max_, row_sum_);
+  }
+
+  /// The warp's 16 rows of the queries as A fragments.
+  __device__ void load_queries(int32_t block) {
+    wait(shared_.q_full, q_parity_);
+    q_parity_ ^= 1;
+    const int row = warp_row_ + lane_ % 16;
+    const SharedAddress first = shared_address(shared_.q) + row * 128;
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 16; ++d) {
+      const int chunk = (d % 4 * 2 + lane_ / 16) ^ (row % 8);
+      uint32_t a[4];
+      ldmatrix_x4(a, first + d / 4 * Traits::kSliceBytesQ + chunk * 16);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) q_[d * 4 + n] = a[n];
+    }
+    __syncwarp();
+    if (lane_ == 0) arrive(shared_.q_empty);
+    if (p_.k_mean != nullptr) find_lse_shift(block);
+  }
+  struct Pair {
+    T low, high;
+  };
+  /// scale q_r . k_mean of the block's sequence: what lse loses where keys are smoothed. A quad's
+  /// first lane keeps it for finish().
+  __device__ void find_lse_shift(int32_t block) {
+    const float* const mean =
+        p_.k_mean + int64_t{shared_.places[block].mean} * kHeadDim + lane_ % 4 * 2;
+    float sum[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 4; ++n) {
+      const int column = n / 4 * 16 + n % 4 / 2 * 8;
+      const auto q = std::bit_cast<Pair>(q_[n]);
+      sum[n % 2] =
+          fmaf(to_float(q.low), mean[column], fmaf(to_float(q.high), mean[column + 1], sum[n % 2]));
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float dot = quad_sum(sum[half]);
+      if (lane_ % 4 == 0) shared_.lse_shift[block % 3][row_of(half)] = p_.scale * dot;
+    }
+  }
+  __device__ int row_of(int half) const { return warp_row_ + half * 8 + lane_ / 4; }
+
+  /// Starts S = q k^T of the tile in the current slot.
+  template <int kKeys>
+  __device__ __forceinline__ void start_scores(float (&s)[kKeys / 2]) {
+    const uint32_t b = matrix_descriptor(shared_address(shared_.slots[ring_.slot]), 0);
+    wgmma_fence();
+    wgmma<T, kKeys, false>(s, q_, b, 0);
+#pragma unroll
+    for (int d = 1; d < kHeadDim / 16; ++d) {
+      wgmma<T, kKeys, false>(s, q_ + d * 4, b + ((d / 4 * Traits::kSliceBytesK + d % 4 * 32) >> 4),
+                             1);
+    }
+    wgmma_commit();
+  }
+
+  /// Starts o += P v of the tile before, once its values are there.
+  template <int kKeys>
+  __device__ __forceinline__ void start_values() {
+    wait(shared_.full[ring_.slot], ring_.parity);
+    const uint32_t b =
+        matrix_descriptor(shared_address(shared_.slots[ring_.slot]), Traits::kSliceBytesK);
+    wgmma_fence();
+#pragma unroll
+    for (int n = 0; n < kKeys / 16; ++n) {
+      wgmma<T, kHeadDim, true>(o_, p_frag_ + n * 4, b + (n * 16 * 128 >> 4),
+                               n == 0 ? !is_first_ : 1);
+    }
+    wgmma_commit();
+  }
+
+  /// Online softmax, a run of keys at a time: S becomes P. A row keeps an older maximum as long as
+  /// P stays below 2^kLazyLog2: most runs then rescale nothing, and no maximum has to be agreed
+  /// upon by the four lanes of a row. That of the second run is found while the first one waits for
+  /// its exponentials.
+  template <int kKeys>
+  __device__ __forceinline__ void softmax(float (&s)[kKeys / 2], const TileInfo& tile) {
+    start_softmax<kKeys>(s, tile);
+    find_tops<0>(s);
+    exponentials<0>(s);
+    if constexpr (kKeys > kRunK) {
+      find_tops<1>(s);
+      exponentials<1>(s);
+    }
+  }
+  template <int kKeys>
+  __device__ __forceinline__ void start_softmax(float (&s)[kKeys / 2], const TileInfo& tile) {
+    if (tile.num_keys != (kKeys == kTileK ? TileInfo::kFull : kRunK)) mask_keys<kKeys>(s, tile);
+    is_raised_ = false;
+  }
+  /// Raises the maxima of the rows where a run's scores are too high for them.
+  template <int kRun, int kSize>
+  __device__ __forceinline__ void find_tops(float (&s)[kSize]) {
+    constexpr float kLazyLog2 = 8.0f;
+    constexpr int kFirst = kRun * kRunK / 2;
+    float tops[4] = {s[kFirst], s[kFirst + 1], s[kFirst + 2], s[kFirst + 3]};
+#pragma unroll
+    for (int n = 4; n < kRunK / 2; ++n) tops[n % 4] = fmaxf(tops[n % 4], s[kFirst + n]);
+    const float top[2] = {fmaxf(tops[0], tops[1]) * p_.scale_log2,
+                          fmaxf(tops[2], tops[3]) * p_.scale_log2};
+    const bool is_high = top[0] > row_max_[0] + kLazyLog2 || top[1] > row_max_[1] + kLazyLog2;
+    if (__any_sync(kAllLanes, is_high)) {
+      raise(top);
+#pragma unroll
+      for (int n = 0; n < kFirst; ++n) s[n] *= last_factor_[n / 2 % 2];
+    }
+  }
+  /// S of a run becomes P.
+  template <int kRun, int kSize>
+  __device__ __forceinline__ void exponentials(float (&s)[kSize]) {
+    constexpr int kFirst = kRun * kRunK / 2;
+    float sums[2] = {0.0f, 0.0f};
+    // -inf - -inf is NaN: a row without keys so far is shifted by nothing.
+    const float offsets[2] = {row_max_[0] == -INFINITY ? 0.0f : -row_max_[0],
+                              row_max_[1] == -INFINITY ? 0.0f : -row_max_[1]};
+#pragma unroll
+    for (int n = kFirst; n < kFirst + kRunK / 2; ++n) {
+      s[n] = exp2_approx(fmaf(s[n], p_.scale_log2, offsets[n / 2 % 2]));
+      sums[n / 2 % 2] += s[n];
+    }
+    row_sum_[0] += sums[0];
+    row_sum_[1] += sums[1];
+  }
+  /// Raises the maxima of the warp's rows to what a run has, `top` of this lane's columns.
+  __device__ __forceinline__ void raise(const float (&top)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float raised = fmaxf(row_max_[half], quad_max(top[half]));
+      const float factor = raised == -INFINITY ? 1.0f : exp2_approx(row_max_[half] - raised);
+      last_factor_[half] = factor;
+      factor_[half] = is_raised_ ? factor_[half] * factor : factor;
+      row_max_[half] = raised;
+      row_sum_[half] *= factor;
+    }
+    is_raised_ = true;
+  }
+  /// Columns past the last key of a run: S = -inf.
+  template <int kKeys>
+  __device__ __forceinline__ void mask_keys(float (&s)[kKeys / 2], const TileInfo& tile) {
+    const auto first = static_cast<int>(tile.num_keys % 256);
+    const auto second = static_cast<int>(tile.num_keys / 256);
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int column = n % 8 * 8 + lane_ % 4 * 2 + e % 2;
+        if (column >= (n < 8 ? first : second)) s[n * 4 + e] = -INFINITY;
+      }
+    }
+  }
+  __device__ void rescale() {
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 2; ++n) o_[n] *= factor_[n / 2 % 2];
+  }
+  /// P as A fragments.
+  template <int kRun, int kSize>
+  __device__ __forceinline__ void pack_p(const float (&s)[kSize]) {
+#pragma unroll
+    for (int n = kRun * kRunK / 4; n < (kRun + 1) * kRunK / 4; ++n) {
+      p_frag_[n] = pack<T>(s[n * 2], s[n * 2 + 1]);
+    }
+  }
+
+  /// Divides by the row sums and stores o and lse of a query block.
+  __device__ void finish(int32_t block, const float (&row_max)[2], const float (&row_sum)[2]) {
+    const BlockPlace at = shared_.places[block];
+    T* const head = p_.o.head<T>(at.b, at.h) + lane_ % 4 * 8;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = row_of(half);
+      const float sum = quad_sum(row_sum[half]);
+      const float inverse = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
+      const bool is_row = r < at.rows;
+      if (is_row && lane_ % 4 == 0) {
+        float lse = sum == 0.0f ? -INFINITY : (row_max[half] + __log2f(sum)) * kLn2;
+        if (p_.k_mean != nullptr) lse -= shared_.lse_shift[block % 3][r];
+        p_.lse.data[at.b * p_.lse.stride_b + at.h * p_.lse.stride_h + at.begin + r] = lse;
+      }
+      T* const row = head + (at.begin + r) * p_.o.stride_n;
+#pragma unroll
+      for (int d = 0; d < kHeadDim; d += 32) {
+        // Four lanes hold 32 columns of a row, two of every eight; each shall have eight in a row.
+        uint32_t w[4];
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const float* const o = o_ + d / 2 + n * 4 + half * 2;
+          w[n] = pack<T>(o[0] * inverse, o[1] * inverse);
+        }
+        exchange<1>(w[0], w[1]);
+        exchange<1>(w[2], w[3]);
+        exchange<2>(w[0], w[2]);
+        exchange<2>(w[1], w[3]);
+        if (is_row) *reinterpret_cast<uint4*>(row + d) = make_uint4(w[0], w[1], w[2], w[3]);
+      }
+    }
+  }
+  /// Transposes 2 x 2 words of lanes whose numbers differ by kStep.
+  template <int kStep>
+  __device__ __forceinline__ void exchange(uint32_t& low, uint32_t& high) const {
+    const bool is_upper = lane_ & kStep;
+    const uint32_t other = __shfl_xor_sync(kAllLanes, is_upper ? low : high, kStep);
+    low = is_upper ? other : low;
+    high = is_upper ? high : other;
+  }
+
+  const SparseForward& p_;
+  SparseForwardSm90Shared<Traits>& shared_;
+  const int lane_, warp_row_;
+  RingCursor<Traits::kSlots> ring_;
+  uint32_t q_parity_ = 0;
+  int32_t block_ = 0;
+
+  float o_[kHeadDim / 2];             // o_s times l
+  uint32_t p_frag_[kTileK / 4];       // P
+  uint32_t q_[kHeadDim / 4];          // q
+  float row_max_[2], row_sum_[2];     // m, log2 units; l of this lane's columns
+  float factor_[2], last_factor_[2];  // what raise() multiplies by, in this tile and at last
+  bool is_raised_ = false;
+  bool is_first_ = true;  // whether nothing is in o yet
+};
+
+}  // namespace sparline::cuda
