@@ -10,7 +10,8 @@ A row is everything between q, k, v and o, the router included; ``ms_kernel`` is
 block map given. Times are medians over repetitions by device events, with inputs that take turns,
 while the device is kept busy until the host has queued all of them; ``ms_wall`` is what one call
 after another costs by the clock, the host included. ``extra_bytes`` is the peak of the allocator
-above inputs and results. Every row is written to ``FOLDER``/<device>.jsonl as soon as it is known;
+above inputs and results. SPARLINE_CUDA_ARCH=80 measures the portable kernels on any device, into
+files of their own. Every row is written to ``FOLDER``/<device>.jsonl as soon as it is known;
 one that fails is written as such, and the rest goes on, in a new process if the device is lost.
 """
 
@@ -671,6 +672,7 @@ def describe_machine(device: torch.device, commit: str | None) -> dict[str, Any]
         commit = described.stdout.strip() or "unknown"
     return {
         "device": name,
+        "kernels": kernels_of(device),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "commit": commit,
@@ -678,8 +680,19 @@ def describe_machine(device: torch.device, commit: str | None) -> dict[str, Any]
     }
 
 
-def slug(device: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+def kernels_of(device: torch.device) -> str:
+    """Which kernels run where there is a choice: those of an architecture, or the portable ones."""
+    is_forced = os.environ.get("SPARLINE_CUDA_ARCH") == "80"
+    if device.type != "cuda" or is_forced or torch.cuda.get_device_capability() != (9, 0):
+        return "portable"
+    return "sm90"
+
+
+def slug(machine: dict[str, Any]) -> str:
+    """Where portable kernels were asked for, their results stand apart."""
+    is_forced = os.environ.get("SPARLINE_CUDA_ARCH") == "80"
+    name = machine["device"] + (" portable" if is_forced else "")
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def baseline_key(row: Row) -> str:
@@ -701,7 +714,7 @@ def run_rows(args: argparse.Namespace, state_file: Path) -> int:
     bench = Bench(device, args.repetitions or (10 if args.quick else 20), peers)
     machine = {**describe_machine(device, args.commit), **ceilings(device)}
     args.out.mkdir(parents=True, exist_ok=True)
-    results = args.out / f"{slug(machine['device'])}.jsonl"
+    results = args.out / f"{slug(machine)}.jsonl"
     if state["next"] == 0:
         print(f"{machine}", flush=True)
     own_dense: dict[str, float] = state["dense"]
