@@ -55,6 +55,20 @@ std::string code_for(int arch) {
   return best;
 }
 
+/// Which kernel the sparse branch's forward takes on Hopper, and why (sm90/sparse_fwd.cu).
+std::string hopper_forward(const Problem& p) {
+  const auto portable = [](const char* why) {
+    return std::string("the portable kernel, because ") + why;
+  };
+  if (p.low_bit.is_enabled) return portable("low bit has no other");
+  if (p.skip.reference != SkipReference::kNone) return portable("skip rules have no other");
+  if (p.block_map == BlockMap::kSoft) return portable("soft maps have no other");
+  if (p.bit_rows > 0) return portable("tile bits have no other");
+  if (p.head_dim != 64 && p.head_dim != 128) return portable("head_dim is neither 64 nor 128");
+  if (p.block_q <= 64) return portable("block_q is below 65");
+  return "Hopper's own kernel, where rows lie in memory order";
+}
+
 class CudaBackend final : public Backend {
  public:
   const char* name() const override { return "cuda"; }
@@ -109,10 +123,16 @@ class CudaBackend final : public Backend {
   }
 
   std::string remarks(const Plan& plan) const override {
+    const Problem& p = plan.problem;
     const int arch = plan.target.cuda_arch;
-    if (!plan.problem.low_bit.is_enabled || arch == 0 || arch >= kOldestFp8Arch) return "";
-    return "low_bit: " + text(arch) +
-           " multiplies no fp8, so e4m3 values are multiplied as float16: q k^T alone is faster\n";
+    std::string words;
+    if (p.low_bit.is_enabled && arch != 0 && arch < kOldestFp8Arch) {
+      words += "low_bit: " + text(arch) +
+               " multiplies no fp8, so e4m3 values are multiplied as float16: q k^T alone is "
+               "faster\n";
+    }
+    if (arch == 90 && code_for(arch) == text(arch)) words += "forward: " + hopper_forward(p) + "\n";
+    return words;
   }
 
   void route(const Plan& plan, const RouteArgs& args, std::span<std::byte> workspace,

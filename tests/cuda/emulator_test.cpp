@@ -349,9 +349,9 @@ TEST(MistakesDeathTest, AreNamed) {
 }
 TEST(MistakesDeathTest, StrayReadsFault) {
   std::vector<uint32_t> out(32);
-  EXPECT_DEATH(launch(read_shared_kernel, {.blocks = 1, .threads = 32, .shared_bytes = 256},
-                      nullptr, out.data(), 64),
-               "thread [0-9]+: signal 11 .*byte 256 of 256 bytes of dynamic shared memory");
+  EXPECT_DEATH(launch(read_shared_kernel, {.blocks = 1, .threads = 32, .shared_bytes = 512},
+                      nullptr, out.data(), 128),
+               "thread [0-9]+: signal 11 .*byte 512 of 512 bytes of dynamic shared memory");
 }
 TEST(Launches, RefuseWhatAGpuCannotRun) {
   std::vector<uint32_t> out(32);

@@ -16,8 +16,8 @@
 //   - Deadlocks: lanes that wait for a lane named in the mask that has left or waits elsewhere,
 //     barriers that some threads never reach; lanes that meet with different collectives or masks.
 //   - cp.async and ldmatrix: addresses that are not aligned or not in shared memory.
-//   - Dynamic shared memory has what was asked for and no more: it ends at a page that cannot be
-//     touched. A fault in a kernel names the thread.
+//   - Dynamic shared memory has what was asked for, to the next 512 bytes: it ends at a page that
+//     cannot be touched. A fault in a kernel names the thread.
 // And what makes wrong kernels give wrong results:
 //   - A block starts with dynamic shared memory full of 0xff bytes: NaN as bf16, fp16 and float32.
 //   - cp.async reads its source at once, fills its destination with 0xff and delivers at the
