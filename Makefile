@@ -57,6 +57,7 @@ $(VENV)/.test: $(VENV)/.torch $(NATIVE_SOURCES)
 	@touch $(VENV)/.demo
 
 $(VENV)/.dev: $(VENV)/.torch $(NATIVE_SOURCES)
+	@tools/system_packages.sh chromium
 	$(call install,demo$(comma)dev)
 	@touch $(VENV)/.demo $(VENV)/.test
 
