@@ -5,6 +5,7 @@
 // variable SPARLINE_CUDA_ARCH=80, read once, keeps to the portable kernels.
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 #include "cuda/common/launch.cuh"
 #include "cuda/device.h"
@@ -16,7 +17,13 @@ namespace {
 bool is_forced_portable() {
   static const bool is_forced = [] {
     const char* const arch = std::getenv("SPARLINE_CUDA_ARCH");
-    return arch != nullptr && std::strcmp(arch, "80") == 0;
+    if (arch == nullptr || *arch == '\0') return false;
+    if (std::strcmp(arch, "80") != 0) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  std::string("SPARLINE_CUDA_ARCH must be 80, for the portable kernels, got ") +
+                      arch + ". Unset it to let the device decide.");
+    }
+    return true;
   }();
   return is_forced;
 }
