@@ -273,8 +273,7 @@ struct LanePattern {
 };
 
 /// x (16 kM x 8 kN) += A B^T over kCols in steps of 16. `a` and `b`: where the lane reads them, see
-/// LanePattern. Fragments are read a step ahead: the compiler moves no read of shared memory over
-/// another step's products.
+/// LanePattern. Fragments are read a step ahead.
 template <class T, int kCols, int kM, int kN, class Between>
 __device__ __forceinline__ void multiply_rows(float (&x)[kM][kN][4], SharedAddress a,
                                               SharedAddress b, const Between& between) {
