@@ -50,6 +50,8 @@ SUITES = ("targets", "methods", "workloads", "scaling")
 BLOCKS: dict[str, Any] = {"block_q": 128, "block_k": 64}
 KEEP_RATIOS = (0.10, 0.05, 0.03)
 DTYPE = torch.bfloat16
+#: sm90/sparse_fwd.cu reads the same.
+IS_PORTABLE_FORCED = os.environ.get("SPARLINE_CUDA_ARCH") == "80"
 #: The in-loop methods have no default threshold.
 IN_LOOP_THRESHOLDS = {"dynsparse": -5.0, "blasst": -3.0}
 #: Key blocks that every query block keeps in the suite "scaling".
@@ -682,16 +684,13 @@ def describe_machine(device: torch.device, commit: str | None) -> dict[str, Any]
 
 def kernels_of(device: torch.device) -> str:
     """Which kernels run where there is a choice: those of an architecture, or the portable ones."""
-    is_forced = os.environ.get("SPARLINE_CUDA_ARCH") == "80"
-    if device.type != "cuda" or is_forced or torch.cuda.get_device_capability() != (9, 0):
-        return "portable"
-    return "sm90"
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    return "sm90" if is_hopper and not IS_PORTABLE_FORCED else "portable"
 
 
 def slug(machine: dict[str, Any]) -> str:
     """Where portable kernels were asked for, their results stand apart."""
-    is_forced = os.environ.get("SPARLINE_CUDA_ARCH") == "80"
-    name = machine["device"] + (" portable" if is_forced else "")
+    name = machine["device"] + (" portable" if IS_PORTABLE_FORCED else "")
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
