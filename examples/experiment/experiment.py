@@ -9,8 +9,9 @@ Every row of the configuration is fine-tuned from one dense model, on the same c
 noise, for the same steps, at each ratio of kept blocks; rows that need no training are run on the
 dense model as it is. The work is cut into pieces, one for each row, ratio and seed, whose state
 lies under --out: finished pieces are skipped, and one that --minutes interrupts goes on to the bit.
-With --gpus each GPU takes the next piece that is free. results.jsonl holds a line for each finished
-piece.
+With --processes each takes the next piece that is free; several on one GPU fill one another's gaps,
+but then no step is timed: the pieces time-* do that, in a run of one process for each GPU.
+results.jsonl holds a line for each finished piece.
 
 Scenes are those of examples/train_demo_model.py --prepare; without --data, generated textures.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fnmatch
 import json
 import logging
 import math
@@ -55,6 +57,8 @@ SHIFT = 2.0
 LEVELS = (0.2, 0.5, 0.8)
 #: Layers on which a density is set, and the halvings of the search.
 TUNED_LAYERS, SEARCHES = 3, 10
+#: Steps of a piece that is timed.
+TIMED_STEPS = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Row:
 class Piece:
     """Work that is done or not."""
 
-    kind: str  # start, router, train, free
+    kind: str  # start, router, train, free, time
     row: Row | None = None
     ratio: float | None = None
     seed: int = 0
@@ -87,6 +91,8 @@ class Piece:
     def name(self) -> str:
         if self.row is None:
             return self.kind
+        if self.kind == "time":
+            return f"time-{self.row.name}"
         ratio = "" if self.ratio is None else f"-{self.ratio:g}"
         return f"{self.row.name}{ratio}-seed{self.seed}"
 
@@ -110,8 +116,12 @@ class Experiment:
 
     def pieces(self) -> list[Piece]:
         """What was asked for."""
-        only = self.args.only
-        return [p for p in self.all_pieces() if only is None or only in p.name]
+        asked = [
+            p
+            for p in self.all_pieces()
+            if not self.args.only or any(fnmatch.fnmatch(p.name, x) for x in self.args.only)
+        ]
+        return [p for p in asked if p.kind != "time" or not self.args.is_shared]
 
     def all_pieces(self) -> list[Piece]:
         """Everything, the most telling first."""
@@ -131,6 +141,11 @@ class Experiment:
             for row in self.rows:
                 if row.seeds > seed:
                     found.append(Piece("train", row, first if row.has_ratio else None, seed))
+        found += [
+            Piece("time", row, first if row.has_ratio else None)
+            for row in self.rows
+            if not row.is_free
+        ]
         return found
 
     def is_done(self, piece: Piece) -> bool:
@@ -249,6 +264,8 @@ class Experiment:
             return self.train_router(piece)
         if piece.kind == "free":
             return self.measure_free(piece)
+        if piece.kind == "time":
+            return self.time_steps(piece)
         return self.fine_tune(piece)
 
     def config(
@@ -265,7 +282,7 @@ class Experiment:
                 "data": {"source": "demo", "path": str(self.scenes())},
                 "model": {"path": self.start_from()},
                 "logging": {"report_to": "none"},
-                "checkpoint": {"checkpoints_total_limit": 1, "checkpointing_steps": 100},
+                "checkpoint": {"checkpoints_total_limit": 1, "checkpointing_steps": 400},
                 "training": {"max_minutes": max(0.01, self.minutes_left())},
             },
         )
@@ -334,14 +351,29 @@ class Experiment:
         told: dict[str, Any] = {
             "batch": config.data.train_batch_size,
             "steps": config.training.max_train_steps,
-            "ms": statistics.median(line["ms"] for line in steps),
             "train_loss": [(line["step"], round(line["loss"], 5)) for line in steps],
             "held_out_curve": [(step, round(loss, 6)) for step, loss in curve],
             "nonfinite_steps": summary.nonfinite_steps,
         }
+        if not self.args.is_shared:
+            told["ms"] = statistics.median(line["ms"] for line in steps)
         if self.device.type == "cuda":
             told["peak_bytes"] = torch.cuda.max_memory_allocated()
         return trainer, told
+
+    def time_steps(self, piece: Piece) -> dict[str, Any]:
+        row = piece.row
+        assert row is not None
+        timed = {
+            "logging": {"logging_steps": TIMED_STEPS // 6, "validation_steps": 0},
+        }
+        config = self.config(piece, self.at_density(row, piece.ratio), timed)
+        config = dataclasses.replace(
+            config, training=dataclasses.replace(config.training, max_train_steps=TIMED_STEPS)
+        )
+        _, told = self.train(config)
+        self.clean(piece, keep=False)
+        return {name: told[name] for name in ("batch", "ms", "peak_bytes") if name in told}
 
     def fine_tune(self, piece: Piece) -> dict[str, Any]:
         row = piece.row
@@ -355,7 +387,8 @@ class Experiment:
         trainer, told = self.train(config)
         losses = trainer.held_out_losses(self.settings["evaluation"]["held_out_clips"])
         told |= {"held_out_loss": mean_loss(losses), "held_out": rounded(losses)}
-        with trainer.averaged():
+        # Other shapes than in training, and taps: not worth compiling.
+        with trainer.averaged(), torch.compiler.set_stance("force_eager"):
             told |= self.look_at(trainer.transformer, trainer.held_out, config)
             self.generate(piece, trainer.transformer, config)
         told["method"] = method
@@ -552,7 +585,7 @@ class Experiment:
 
         folder, row = self.folder, piece.row
         against = folder / f"dense-seed{piece.seed}" / "clips.npz"
-        if row is None or row.name == "dense" or not against.is_file():
+        if row is None or piece.kind == "time" or row.name == "dense" or not against.is_file():
             return {}
         told = {}
         with np.load(against) as dense, np.load(folder / piece.name / "clips.npz") as clips:
@@ -631,11 +664,13 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, default=Path("experiment"), help="state and results")
     add("--data", metavar="FILE", help="scenes of train_demo_model.py --prepare")
     add("--minutes", type=float, default=math.inf, help="stop, resumable, after this long")
-    add("--only", help="pieces whose name contains this, such as sla2-0.05 or seed0")
+    add("--only", action="append", help="pieces of this name, such as sla2-0.05-*; repeatable")
     add("--set", action="append", default=[], help="override of the training configuration")
     add("--list", action="store_true", help="say what is done and what is not, and stop")
-    add("--gpus", type=int, default=0, help="share the pieces among this many processes")
+    add("--processes", type=int, default=1, help="share the pieces among this many")
     add("--worker", dest="is_worker", action="store_true", help=argparse.SUPPRESS)
+    # Several processes on one GPU: their times mean nothing.
+    add("--shared", dest="is_shared", action="store_true", help=argparse.SUPPRESS)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
@@ -655,20 +690,23 @@ def main() -> int:
     experiment.scenes()  # once, before many want them
     for claim in experiment.folder.glob("*.claim"):
         claim.unlink()  # of processes that were killed
-    failed = work_together(args.gpus) if args.gpus else experiment.run()
+    failed = work_together(args.processes) if args.processes > 1 else experiment.run()
     experiment.collect()
     return 1 if failed else 0
 
 
 def work_together(num_processes: int) -> int:
-    """This command in many processes, each with a GPU of its own where there are GPUs."""
-    workers = [
-        subprocess.Popen(
-            [sys.executable, *sys.argv, "--worker"],
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": str(n)},
-        )
-        for n in range(num_processes)
-    ]
+    """This command in many processes, which take the GPUs by turns."""
+    num_gpus = max(1, torch.cuda.device_count())
+    command = [sys.executable, *sys.argv, "--worker"]
+    if num_processes > num_gpus:
+        command.append("--shared")
+    workers = []
+    for n in range(num_processes):
+        environment = dict(os.environ)
+        if num_gpus > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = str(n % num_gpus)
+        workers.append(subprocess.Popen(command, env=environment))
     return sum(worker.wait() for worker in workers)
 
 

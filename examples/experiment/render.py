@@ -108,8 +108,16 @@ def page(experiments: dict[str, list[Result]]) -> str:
 
 
 def rows_of(everything: list[Result]) -> list[Result]:
-    """The results of rows: not of the continuation before them, nor of the router."""
-    return [r for r in everything if "row" in r]
+    """The results of rows, with the times of their steps: not of the continuation before them, nor
+    of the router."""
+    timed = {r["row"]: r for r in everything if r["kind"] == "time"}
+    rows = [r for r in everything if r["kind"] in ("train", "free")]
+    return [
+        {**r, **{n: x for n, x in timed[r["row"]].items() if n in ("ms", "peak_bytes")}}
+        if r["row"] in timed and r["kind"] == "train"
+        else r
+        for r in rows
+    ]
 
 
 def router_table(result: Result) -> str:
