@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,13 @@ from torch import Tensor, nn
 from . import functional, methods
 from .reference import Weights
 from .tokens import make_axes
+
+#: What ``SLA2.alpha_evidence`` fits alpha to.
+AlphaFit = Literal["output", "mass"]
+#: A fitted alpha keeps this distance from 0 and 1.
+LEAST_ALPHA = 0.01
+#: sigmoid is 0 and 1 there, in float32.
+_ALL = 100.0
 
 __all__ = ["SLA", "SLA2", "VSA", "Attention", "SparseLinearAttention", "module_for"]
 
@@ -107,9 +114,8 @@ class SLA2(Attention):
 
     Parameters, float32: ``router.proj_q.weight`` and ``router.proj_k.weight`` (D, D), or
     (H, D, D) with ``router_per_head``, identity: the router starts as SLA's, and is frozen while
-    it is hard. ``alpha_logit``
-    (H, T), alpha = sigmoid of it, 0.9; ``init_alpha`` measures it instead. Feature maps as in
-    ``SLA``.
+    it is hard. ``alpha_logit`` (H, T), alpha = sigmoid of it, 0.9; ``init_alpha`` fits it to a
+    sample instead. Feature maps as in ``SLA``.
     """
 
     method: methods.SLA2
@@ -156,33 +162,72 @@ class SLA2(Attention):
         self.router.requires_grad_(stage == 1)
         self.alpha_logit.requires_grad_(True)
 
+    def init_alpha(
+        self, q: Tensor, k: Tensor, v: Tensor, *, fit: AlphaFit = "output", **arguments: Any
+    ) -> None:
+        """Sets alpha from one sample: ``set_alpha`` of its ``alpha_evidence``."""
+        self.set_alpha(*self.alpha_evidence(q, k, v, fit=fit, **arguments))
+
     @torch.no_grad()
-    def init_alpha(self, q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> None:
-        """Sets alpha to what it stands for: the share of the dense softmax that falls on critical
-        blocks, averaged over the batch and the rows of each value's stretch.
+    def alpha_evidence(
+        self, q: Tensor, k: Tensor, v: Tensor, *, fit: AlphaFit = "output", **arguments: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What a sample says of alpha: numerators and denominators (H, T), float32, means over the
+        batch and the rows of each value's stretch. Those of several samples add up.
+
+        ``"output"``: least squares. With d = o_s - o_l and o the dense output, alpha = <o - o_l, d>
+        / <d, d> brings alpha o_s + (1 - alpha) o_l as near to o as it can.
+        ``"mass"``: what alpha stands for where o_l is exact, the share of the dense softmax that
+        falls on critical blocks (SLA2, section 4). It is lower: o_l is not exact.
 
         Arguments as in ``forward``. One sequence, without protected spans.
         """
+        if fit not in ("output", "mass"):
+            raise ValueError(f'SLA2.alpha_evidence: fit must be "output" or "mass", got {fit!r}.')
         segments = {"cu_seqlens_q", "cu_seqlens_k", "protected_q", "protected_k"}
         if given := sorted(segments & set(arguments)):
             raise ValueError(
-                f"SLA2.init_alpha: it measures one sequence without protected spans, got "
+                f"SLA2.alpha_evidence: it measures one sequence without protected spans, got "
                 f"{', '.join(given)}. Pass the sequences one by one."
             )
         hard = dataclasses.replace(self.method, router_mode="hard", low_bit=None)
-        # Both over smoothed keys: the mean key would shift one lse against the other.
+        # Over smoothed keys as well: the mean key would shift one lse against the other.
         every = dataclasses.replace(hard, keep_ratio=1.0)
-        options = {**arguments, "weights": self.weights(), "return_lse": True}
-        _, sparse = functional.attention(q, k, v, method=hard, **options)
-        _, full = functional.attention(q, k, v, method=every, **options)
-        mass = (sparse - full).exp().mean(dim=0)  # (H, N), in memory order
+        weights = self.weights()
+
+        def run(method: methods.SLA2, logit: float) -> tuple[Tensor, Tensor]:
+            fixed = weights._replace(alpha_logit=torch.full_like(self.alpha_logit, logit))
+            options = {**arguments, "weights": fixed, "return_lse": True}
+            o, lse = functional.attention(q, k, v, method=method, **options)
+            return o, lse
+
+        o_s, lse_s = run(hard, _ALL)
+        o, lse = run(every, _ALL)
+        if fit == "mass":
+            top, bottom = (lse_s - lse).exp(), torch.ones_like(lse)
+        else:
+            o_l = run(hard, -_ALL)[0].float()
+            d = o_s.float() - o_l
+            top, bottom = ((o.float() - o_l) * d).sum(-1), d.square().sum(-1)
+            if arguments.get("layout") == "bnhd":
+                top, bottom = top.transpose(1, 2), bottom.transpose(1, 2)
+        return self._by_stretch(top, arguments), self._by_stretch(bottom, arguments)
+
+    def _by_stretch(self, values: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """(B, H, N) in memory order to means (H, T)."""
+        mean = values.mean(dim=0)
         if self.method.alpha_shape == "block" and (grid := arguments.get("grid")) is not None:
-            axes = make_axes(
-                "init_alpha", hard.recipe, mass.shape[1], mass.shape[1], grid, None, None, (), ()
-            )
-            mass = mass if axes.order is None else mass[:, axes.order.to(mass.device)]
-        pooled = nn.functional.adaptive_avg_pool1d(mass, self.alpha_logit.shape[1])
-        self.alpha_logit.copy_(pooled.clamp(1e-4, 1.0 - 1e-4).logit())
+            length = mean.shape[1]
+            axes = make_axes("alpha", self.method.recipe, length, length, grid, None, None, (), ())
+            mean = mean if axes.order is None else mean[:, axes.order.to(mean.device)]
+        return nn.functional.adaptive_avg_pool1d(mean, self.alpha_logit.shape[1])
+
+    @torch.no_grad()
+    def set_alpha(self, numerators: Tensor, denominators: Tensor) -> None:
+        """alpha = numerator / denominator, (H, T), within 0.01 and 0.99 so that it can still learn;
+        a value of which nothing is known, 0 / 0, stays as it is."""
+        alpha = (numerators / denominators).clamp(LEAST_ALPHA, 1.0 - LEAST_ALPHA)
+        self.alpha_logit.copy_(torch.where(denominators > 0.0, alpha.logit(), self.alpha_logit))
 
 
 class VSA(Attention):

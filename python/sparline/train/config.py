@@ -40,8 +40,9 @@ class ModelConfig:
     dense_layers: blocks that keep the model's own attention.
     state: learned tensors of the method to start from (``sparline.save_state``), such as those of a
         router run.
-    alpha_from_data: start SLA2's alpha from the softmax mass that its blocks are measured to hold,
-        instead of 0.9; not where ``state`` brings one.
+    alpha_start: where SLA2's alpha starts, if ``state`` does not bring one: ``output`` fits it to
+        the dense model's attention, ``mass`` takes the softmax mass that its blocks hold there,
+        ``constant`` is 0.9 (see ``sparline.nn.SLA2.alpha_evidence``).
     gradient_checkpointing: keep no activations inside blocks; compute them again in the backward.
     compile: ``torch.compile`` the blocks.
     """
@@ -50,7 +51,7 @@ class ModelConfig:
     component: str = "transformer"
     dense_layers: tuple[int, ...] = ()
     state: str | None = None
-    alpha_from_data: bool = True
+    alpha_start: str = "output"
     gradient_checkpointing: bool = False
     compile: bool = False
 
@@ -470,6 +471,7 @@ def _unknown_key(key: str) -> TrainError:
 _CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("finetune", "router"),
     "model.component": ("transformer", "transformer_2"),
+    "model.alpha_start": ("output", "mass", "constant"),
     "data.source": ("demo", "clips", "latents"),
     "loss.kind": ("flow_matching", "teacher_mse"),
     "loss.weighting_scheme": ("logit_normal", "uniform"),

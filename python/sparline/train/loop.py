@@ -28,7 +28,7 @@ from . import checkpoint, data, export, setup
 from .config import Config, OptimizerConfig, TrainError
 from .distributed import World, local, whole
 from .objective import add_noise, held_out_losses, losses
-from .router import measure_alpha
+from .router import fit_alpha
 
 #: ``on_progress(done, total, words)``
 Progress = Callable[[int, int, str], None]
@@ -78,8 +78,8 @@ class Trainer:
         if config.loss.kind == "teacher_mse":
             self.teacher = copy.deepcopy(transformer).eval().requires_grad_(False)
         setup.add_method(transformer, config, world.device)
-        if config.model.alpha_from_data and config.model.state is None:
-            measure_alpha(transformer, self.source, config, world)
+        if config.model.state is None:
+            fit_alpha(transformer, self.source, config, world)
         setup.add_lora(transformer, config)
         setup.parameter_groups(transformer, config)  # says early what cannot be trained
         if config.model.gradient_checkpointing:

@@ -94,18 +94,23 @@ def tapped(transformer: Any, on_call: OnCall) -> Iterator[None]:
 
 
 @torch.no_grad()
-def measure_alpha(transformer: Any, source: data.Source, config: Config, world: World) -> None:
-    """Starts every SLA2 layer's alpha from the share of the dense softmax that its critical blocks
-    hold, the mean over a few noised clips. Other methods are left alone."""
+def fit_alpha(transformer: Any, source: data.Source, config: Config, world: World) -> None:
+    """Fits every SLA2 layer's alpha to dense attention on a few noised clips, as
+    ``model.alpha_start`` says. Other methods are left alone."""
     layers = attentions(transformer)
     modules = {n: m for n, m in layers.items() if isinstance(m, sparline.nn.SLA2)}
-    if not modules:
+    fit = config.model.alpha_start
+    if not modules or fit == "constant":
         return
-    sums = {n: torch.zeros_like(m.alpha_logit) for n, m in modules.items()}
+    sums = {
+        n: torch.zeros(2, *m.alpha_logit.shape, device=world.device) for n, m in modules.items()
+    }
 
     def on_call(layer: int, call: Call) -> None:
-        modules[layer].init_alpha(call.q, call.k, call.v, **call.options)
-        sums[layer] += modules[layer].alpha_logit.sigmoid()
+        found = modules[layer].alpha_evidence(
+            call.q, call.k, call.v, fit=cast(sparline.nn.AlphaFit, fit), **call.options
+        )
+        sums[layer] += torch.stack(found)
 
     was_training = transformer.training
     transformer.eval()
@@ -116,7 +121,7 @@ def measure_alpha(transformer: Any, source: data.Source, config: Config, world: 
             predict(transformer, noised_at(batch, sigma, [draw]), config.training.mixed_precision)
     transformer.train(was_training)
     for n, module in modules.items():
-        module.alpha_logit.copy_((sums[n] / ALPHA_CLIPS).logit())
+        module.set_alpha(*sums[n])
 
 
 # Stage 1 ----------------------------------------------------------------------------------------
@@ -165,8 +170,6 @@ class RouterTrainer:
         self.layers = {
             n: cast(sparline.nn.SLA2, m) for n, m in attentions(self.transformer).items()
         }
-        if config.model.alpha_from_data and config.model.state is None:
-            measure_alpha(self.transformer, self.source, config, self.world)
 
     def run(self, on_progress: Callable[[int, int, str], None]) -> RouterSummary:
         states: dict[float, Path] = {}
@@ -179,8 +182,12 @@ class RouterTrainer:
             if path.is_file():
                 _load_learned(self.transformer, path)
             else:
+                if number > 0 or self.config.model.state is None:
+                    self._fit_alpha()
                 first = self._error(keep_ratio)
                 self._train(keep_ratio, number, on_progress)
+                # What the soft router taught alpha is not what suits the hard one.
+                self._fit_alpha()
                 errors[keep_ratio] = (first, self._error(keep_ratio))
                 self._save(path, keep_ratio, errors[keep_ratio])
             states[keep_ratio] = path
@@ -190,6 +197,9 @@ class RouterTrainer:
     def close(self) -> None:
         """Leaves the other processes."""
         self.world.close()
+
+    def _fit_alpha(self) -> None:
+        fit_alpha(self.transformer, self.source, self.config, self.world)
 
     # One ratio ----------------------------------------------------------------------------------
 

@@ -124,13 +124,52 @@ def test_stages_of_sla2() -> None:
     assert module(q, k, v).isfinite().all()
 
 
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
+def test_alpha_is_fitted_to_the_dense_output(layout: str) -> None:
+    """Against least squares in float64; samples add up; no other alpha is nearer."""
+    torch.manual_seed(0)
+    small = method("sla2", keep_ratio=0.5, num_alphas=6)
+    module = sparline.nn.SLA2(16, 2, method=small)
+    top = bottom = torch.zeros(())
+    evidence = torch.zeros(2, 2, 6)
+    for _ in range(2):
+        q, k, v = (torch.randn(2, 2, 96, 16) for _ in range(3))
+        given = [x.transpose(1, 2) if layout == "bnhd" else x for x in (q, k, v)]
+        evidence += torch.stack(module.alpha_evidence(*given, layout=layout))
+        critical = sparline.route(q, k, method=small).repeat_interleave(16, 2)
+        critical = critical.repeat_interleave(16, 3) == 1
+        q, k, v = q.double(), k.double(), v.double()
+        k = k - k.mean(dim=2, keepdim=True)  # SLA2 smooths keys, its feature map sees them so
+        scores = q @ k.mT / 4
+        o = scores.softmax(dim=-1) @ v
+        o_s = scores.masked_fill(~critical, -torch.inf).softmax(dim=-1) @ v
+        linear = (q.softmax(dim=-1) @ k.softmax(dim=-1).mT) * ~critical
+        o_l = linear @ v / linear.sum(dim=-1, keepdim=True)
+        d = o_s - o_l
+        top = top + ((o - o_l) * d).sum(dim=(0, 3)).unflatten(1, (6, -1)).sum(dim=2)
+        bottom = bottom + d.square().sum(dim=(0, 3)).unflatten(1, (6, -1)).sum(dim=2)
+    module.set_alpha(*evidence)
+    alpha = (top / bottom).clamp(0.01, 0.99)
+    torch.testing.assert_close(module.alpha_logit.sigmoid().double(), alpha, atol=1e-4, rtol=1e-4)
+
+
+def test_alpha_of_which_nothing_is_known_stays() -> None:
+    module = sparline.nn.SLA2(16, 2, method=method("sla2", num_alphas=3))
+    before = module.alpha_logit.clone()
+    module.set_alpha(torch.tensor([0.0, 1.0, 5.0]), torch.tensor([0.0, 4.0, 4.0]))
+    assert torch.equal(module.alpha_logit[:, 0], before[:, 0])
+    torch.testing.assert_close(module.alpha_logit[0, 1:].sigmoid(), torch.tensor([0.25, 0.99]))
+    with pytest.raises(ValueError, match='fit must be "output" or "mass"'):
+        module.init_alpha(*(torch.randn(1, 2, 48, 16) for _ in range(3)), fit="mean")
+
+
 def test_alpha_starts_as_the_mass_on_critical_blocks() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 2, 96, 16) for _ in range(3))
     for shape, num in (("block", 6), ("head", 1), ("token", 96)):
         small = method("sla2", keep_ratio=0.5, alpha_shape=shape, num_alphas=num)
         module = sparline.nn.SLA2(16, 2, method=small)
-        module.init_alpha(q, k, v)
+        module.init_alpha(q, k, v, fit="mass")
         critical = sparline.route(q, k, method=small).repeat_interleave(16, 2)
         critical = critical.repeat_interleave(16, 3) == 1
         p = (q.double() @ (k.double()).mT / 4).softmax(dim=-1)

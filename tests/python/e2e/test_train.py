@@ -118,13 +118,17 @@ def test_teacher_mse_starts_at_what_sparsity_costs_and_falls(tmp_path: Path) -> 
     assert Trainer(dense).train_step()[0] == 0.0
 
 
-def test_alpha_starts_from_the_mass_that_its_blocks_hold(tmp_path: Path) -> None:
-    trainer = Trainer(training.make_config(tmp_path / "run"))
+def test_alpha_starts_where_the_configuration_says(tmp_path: Path) -> None:
+    trainer = Trainer(training.make_config(tmp_path / "run", model={"alpha_start": "mass"}))
     layers = [m for m in trainer.transformer.modules() if isinstance(m, sparline.nn.SLA2)]
     # An untrained model attends evenly: a quarter of the blocks hold about a quarter.
     for layer in layers:
         assert 0.2 < layer.alpha_logit.sigmoid().mean() < 0.4
-    kept = Trainer(training.make_config(tmp_path / "kept", model={"alpha_from_data": False}))
+    fitted = Trainer(training.make_config(tmp_path / "fitted"))
+    others = [m for m in fitted.transformer.modules() if isinstance(m, sparline.nn.SLA2)]
+    for layer, other in zip(layers, others, strict=True):
+        assert not torch.allclose(layer.alpha_logit, other.alpha_logit, atol=0.01)
+    kept = Trainer(training.make_config(tmp_path / "kept", model={"alpha_start": "constant"}))
     layer = next(m for m in kept.transformer.modules() if isinstance(m, sparline.nn.SLA2))
     assert layer.alpha_logit.sigmoid().mean().item() == pytest.approx(0.9, abs=1e-3)
 
