@@ -278,9 +278,10 @@ def weights_of(method: Method, workload: Workload, device: torch.device) -> Weig
 class Clock:
     """Times calls on one device."""
 
-    def __init__(self, device: torch.device, repetitions: int) -> None:
+    def __init__(self, device: torch.device, repetitions: int, row_s: float = ROW_S) -> None:
         self.device = device
         self.repetitions = repetitions
+        self.row_s = row_s
 
     def wait(self) -> None:
         if self.device.type == "cuda":
@@ -299,7 +300,9 @@ class Clock:
             for run in runs:
                 run()
             self.wait()
-        count = max(LEAST_REPETITIONS, min(self.repetitions, int(ROW_S / max(once_s, 1e-6) / 2)))
+        count = max(
+            LEAST_REPETITIONS, min(self.repetitions, int(self.row_s / max(once_s, 1e-6) / 2))
+        )
         num_walls = count if once_s < SLOW_S else 1
         begin = time.perf_counter()
         for n in range(num_walls):
@@ -611,6 +614,11 @@ def profile(bench: Bench, workload: Workload) -> Iterator[dict[str, Any]]:
 
 def kernel_times(run: Callable[[], Any], repetitions: int = 5) -> list[dict[str, Any]]:
     """Every kernel of a call with its launches and microseconds, the longest first."""
+    return sum_up(kernel_spans(run, repetitions), repetitions)
+
+
+def kernel_spans(run: Callable[[], Any], repetitions: int) -> list[tuple[float, float, str]]:
+    """(end, start, full name) of what the device did in some calls, in microseconds."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
 
@@ -621,21 +629,25 @@ def kernel_times(run: Callable[[], Any], repetitions: int = 5) -> list[dict[str,
         for _ in range(repetitions):
             run()
         torch.cuda.synchronize()
-    spans = [
+    return [
         (event.time_range.end, event.time_range.start, event.name)
         for event in profiler.events()
         if event.device_type == DeviceType.CUDA
     ]
-    return sum_up(spans, repetitions)
 
 
-def sum_up(spans: Sequence[tuple[float, float, str]], repetitions: int) -> list[dict[str, Any]]:
+def sum_up(
+    spans: Sequence[tuple[float, float, str]],
+    repetitions: int,
+    name_of: Callable[[str], str] | None = None,
+) -> list[dict[str, Any]]:
     """Launches and times by kernel from (end, start, name) in microseconds. A kernel may start
     before the one ahead has finished, and wait: its time counts from there."""
+    name_of = name_of or kernel_name
     sums: dict[str, list[float]] = {}
     before = -math.inf
     for end, start, name in sorted(spans):
-        entry = sums.setdefault(kernel_name(name), [0, 0.0])
+        entry = sums.setdefault(name_of(name), [0, 0.0])
         entry[0] += 1
         entry[1] += max(0.0, end - max(start, before))
         before = max(before, end)
