@@ -9,6 +9,7 @@ folder), and a short table of them stands at the end of the run.
   SPARLINE_TEST_SEED     which ones
   SPARLINE_GPU_WORKERS   processes that check them, at most 12
   SPARLINE_GPU_HUGE      1 also runs what takes up to 60 GB of device memory
+  SPARLINE_GPU_SOAK      1 also runs ten thousand calls on two streams
 """
 
 from __future__ import annotations
