@@ -62,7 +62,9 @@ class Tuned:
         SLA2's alpha is the kept share of the dense mass, VSA's coarse gate is zero."""
         heads, head_dim = sample.q.shape[2:]
         arguments: dict[str, Any] = {"layout": "bnhd", "grid": sample.grid}
-        q, k, v = (x.float() for x in (sample.q, sample.k, sample.v))
+        # Kernels of a GPU take 16-bit tensors only.
+        dtype = torch.bfloat16 if sample.q.is_cuda else torch.float32
+        q, k, v = (x.to(dtype) for x in (sample.q, sample.k, sample.v))
         with torch.no_grad():
             if isinstance(self.method, VSA):  # its module makes the gate from the layer's input
                 arguments["gate_coarse"] = torch.zeros_like(q)

@@ -9,6 +9,7 @@ become axes, the method's router names the tiles, the operator attends. Layout i
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -268,7 +269,8 @@ def tile_statistics(
         assert kept_bits is not None
         assert row_votes is not None
         query_blocks, key_blocks = call.blocks
-        visited = sum(a.sequence == b.sequence for a in query_blocks for b in key_blocks)
+        keys_of = Counter(block.sequence for block in key_blocks)
+        visited = sum(keys_of[block.sequence] for block in query_blocks)
         # A tile whose row groups decide apart counts by the share of its groups that has rows.
         group = call.recipe.skip.rows or call.recipe.block_q
         num_groups = -(-call.recipe.block_q // group)
