@@ -37,7 +37,7 @@ CLASS_COLOURS = {"critical": ORANGE, "marginal": BLUE, "negligible": "#d9dce1"}
 #: Relative errors up to here are rounding.
 NOISE = 1e-4
 
-_STYLE: dict[str, Any] = {
+STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
     "font.size": 9.0,
     "axes.titlesize": 9.0,
@@ -78,7 +78,7 @@ def _drawn(
     name: str, caption: str, size: tuple[float, float], draw: Callable[[Canvas], None]
 ) -> Figure:
     """Runs ``draw`` on an empty canvas of ``size`` inches."""
-    style: Any = {**_STYLE, "svg.hashsalt": name}  # or clip paths of two figures share a name
+    style: Any = {**STYLE, "svg.hashsalt": name}  # or clip paths of two figures share a name
     with mpl.rc_context(style):
         canvas = Canvas(figsize=size, layout="constrained")
         draw(canvas)

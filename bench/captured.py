@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention errors and in-loop skipping on q, k, v of the bundled model, by layer and noise level,
+on a clip that its training never saw.
+
+    python bench/captured.py [--device cuda] [--grids 8x32x32,16x48x48] [--layers 0,3,7]
+                             [--settings N] [--out FILE]
+
+The clip is noised to each level and run once through the dense model; each layer's q, k, v are
+measured as they pass and dropped (``sparline.inspect``). The model was trained on grids of
+8x32x32; larger clips run, but it never saw any. Writes bench/results/captured.json, which
+``bench/report.py`` renders, and draws docs/captured.png. On a CPU everything is float32; a GPU
+attends in bfloat16, against dense attention in float32 on the same rounded q, k, v.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from quality import IN_LOOP, RECALLS, sparsity_at
+
+import sparline
+from sparline import demo
+from sparline.bench import describe_machine
+from sparline.demo.pipeline import class_embeddings
+from sparline.inspect.capture import Capture, Sample
+from sparline.inspect.measure import block_mass, measure_errors
+from sparline.methods import BLASST, SLA, Dense, DynSparse
+from sparline.train import data, objective
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "bench" / "results" / "captured.json"
+PLOT = ROOT / "docs" / "captured.png"
+LEVELS = (0.2, 0.5, 0.8)
+KEEP_RATIOS = (0.10, 0.05)
+#: ``sla`` with its projection untrained is ``sparse``: only what it adds would differ.
+METHODS = ("dense", "sparse", "top_p", "sla", "sla2", "vsa", "vmoba", "dynsparse", "blasst")
+THRESHOLDS = (-12.0, -10.0, -9.0, -8.0, *(0.5 * n for n in range(-14, 0)), -0.1)
+SEED = 1
+
+Curve = list[tuple[float, float]]  # (recall, share of tiles skipped), by rising threshold
+
+
+@dataclasses.dataclass(frozen=True)
+class Skips:
+    """What one call's tiles allow: for each head, by setting and method; and the best there is."""
+
+    curves: dict[str, dict[str, list[Curve]]]  # of each setting and method, a curve for each head
+    best: list[Curve]  # of whole tiles chosen by their true mass
+
+
+# Samples ----------------------------------------------------------------------------------------
+
+
+def read_clip(path: Path, frames: int, height: int, width: int) -> torch.Tensor:
+    """(1, 3, T, H, W) in [-1, 1]; ``path`` is a video, or its frames as .npy (T, H, W, 3)."""
+    if path.suffix != ".npy":
+        return data.read_window(path, frames, height, width, SEED)[None]
+    pixels = torch.from_numpy(np.load(path)[:frames]).permute(0, 3, 1, 2).float()
+    scaled = torch.nn.functional.interpolate(pixels, (height, width), mode="bicubic")
+    return scaled.clamp(0.0, 255.0).div(127.5).sub(1.0).transpose(0, 1)[None]
+
+
+@torch.no_grad()
+def measure_grid(grid: tuple[int, int, int], args: argparse.Namespace) -> dict[str, Any]:
+    """Everything about one size of clip."""
+    device = torch.device(args.device)
+    pipeline = demo.load_pipeline()
+    model = pipeline.transformer.to(device).eval()
+    layers = args.layers or list(range(len(model.blocks)))
+    frames, height, width = grid[0], 2 * grid[1], 2 * grid[2]
+    clip = read_clip(args.clip, frames, height, width).to(device)
+    class_id = pipeline.class_names.index(demo.HELD_OUT_CLASS)
+    text = class_embeddings(torch.tensor([class_id], device=device), model.config.text_dim)
+    samples: list[dict[str, Any]] = []
+    skips: list[Skips] = []
+    level = LEVELS[0]
+    begin = time.perf_counter()
+
+    def on_sample(sample: Sample) -> None:
+        if device.type == "cuda":
+            sample = dataclasses.replace(
+                sample, **{name: getattr(sample, name).bfloat16() for name in "qkv"}
+            )
+        skips.append(measure_skips(sample, IN_LOOP[: args.settings]))
+        errors = []
+        for ratio in KEEP_RATIOS:
+            for error in measure_errors(sample, METHODS, ratio):
+                told = dataclasses.asdict(error)
+                for name in ("relative_l1", "cosine"):
+                    told[name] = round(statistics.fmean(told[name]), 6)
+                told["density"], told["flops"] = round(error.density, 5), round(error.flops, 5)
+                errors.append({"keep_ratio": ratio, **told})
+        samples.append({"layer": sample.layer, "level": level, "errors": errors})
+        passed = time.perf_counter() - begin
+        print(f"{grid} level {level:g} layer {sample.layer}: {passed:.0f} s", flush=True)
+
+    with Capture({"transformer": model}, range(len(LEVELS)), layers, on_sample) as capture:
+        for n, level in enumerate(LEVELS):
+            sigma = torch.tensor([level], device=device)
+            batch = data.Batch(clip, text)
+            noised = objective.noised_at(batch, sigma, data.draws(SEED, 0, 1))
+            objective.predict(model, noised)
+            capture.end_step(n + 1)
+    return {
+        "grid": list(grid),
+        "tokens": grid[0] * grid[1] * grid[2],
+        "layers": layers,
+        "levels": list(LEVELS),
+        "samples": samples,
+        **sum_up(skips),
+    }
+
+
+# In-loop skipping -------------------------------------------------------------------------------
+
+
+def measure_skips(sample: Sample, settings: Sequence[dict[str, Any]]) -> Skips:
+    q, k, v = sample.q, sample.k, sample.v
+    given: dict[str, Any] = {"layout": "bnhd", "grid": sample.grid}
+    _, full = sparline.attention(q, k, v, method=Dense(), layout="bnhd", return_lse=True)
+    curves: dict[str, dict[str, list[Curve]]] = {}
+    for options in settings:
+        found: dict[str, list[Curve]] = {}
+        for cls in (DynSparse, BLASST):
+            heads: list[Curve] = [[] for _ in range(q.shape[2])]
+            for threshold in THRESHOLDS:
+                told = sparline.tile_statistics(q, k, v, method=cls(threshold, **options), **given)
+                kept = (told.lse - full).exp().mean(dim=-1)[0].tolist()  # (H,)
+                skipped = (told.skipped / told.visited)[0].tolist()
+                for curve, point in zip(heads, zip(kept, skipped, strict=True), strict=True):
+                    curve.append(point)
+            found[cls.name] = heads
+        curves[words_of(options)] = found
+    return Skips(curves, best_curves(sample))
+
+
+def best_curves(sample: Sample) -> list[Curve]:
+    """Recall and share of tiles where whole tiles go by their true mass, the least first: what no
+    rule can exceed in raster order, let alone one that has not seen the tiles to come."""
+    mass, _ = block_mass(sample, SLA.sparse_only())  # 128 x 64, as the in-loop methods
+    found = []
+    for head in mass.flatten(1).sort(dim=-1).values.cpu().double():
+        lost = head.cumsum(0) / mass.shape[1]
+        step = max(1, len(head) // 2000)
+        points = zip(
+            (1.0 - lost[step - 1 :: step]).tolist(),
+            (torch.arange(step, len(head) + 1, step) / len(head)).tolist(),
+            strict=True,
+        )
+        found.append([(1.0, 0.0), *points])
+    return found
+
+
+def words_of(options: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in options.items())
+
+
+def pooled(curves: Sequence[Curve]) -> Curve:
+    """One threshold for all: the mean at each."""
+    return [
+        (statistics.fmean(r for r, _ in points), statistics.fmean(s for _, s in points))
+        for points in zip(*curves, strict=True)
+    ]
+
+
+def sum_up(skips: Sequence[Skips]) -> dict[str, Any]:
+    """Tiles skipped at equal recall: with one threshold for all calls and heads, and with one for
+    each head of each call, which has that recall."""
+    rows, plotted = [], {}
+    best = [curve for skip in skips for curve in skip.best]
+    for setting in skips[0].curves:
+        heads = {
+            name: [curve for skip in skips for curve in skip.curves[setting][name]]
+            for name in skips[0].curves[setting]
+        }
+        ends = {name: pooled(curves) for name, curves in heads.items()}
+        plotted[setting] = ends
+        rows += [
+            {
+                "setting": setting,
+                "recall": recall,
+                "one": {name: sparsity_at(recall, curve) for name, curve in ends.items()},
+                "each": {
+                    name: statistics.fmean(sparsity_at(recall, curve) for curve in curves)
+                    for name, curves in heads.items()
+                },
+                "best_each": statistics.fmean(sparsity_at(recall, curve) for curve in best),
+            }
+            for recall in RECALLS
+        ]
+    return {"in_loop": rows, "curves": plotted}
+
+
+# Plot -------------------------------------------------------------------------------------------
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Left: tiles skipped against recall. Right: errors of the methods, a dot for each layer and
+    noise level."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    from sparline.inspect.figures import GREEN, SERIES, STYLE, VIOLET
+
+    colours = {"dynsparse": VIOLET, "blasst": GREEN}
+    with mpl.rc_context({key: v for key, v in STYLE.items() if not str(v).startswith("#")}):
+        figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
+        for n, entry in enumerate(report["grids"]):
+            for name, curve in entry["curves"][""].items():
+                shown = [(100 * r, 100 * s) for r, s in curve if r >= 0.8]
+                style = ("o-", "s--", "^:")[n % 3]
+                label = f"{'DynSparse' if name == 'dynsparse' else 'BLASST'}, N {entry['tokens']}"
+                left.plot(*zip(*shown, strict=True), style, color=colours[name], label=label, ms=3)
+        left.set_xlabel("share of the softmax that is kept, %")
+        left.set_ylabel("tiles skipped, %")
+        left.set_title("In-loop skipping, one threshold for all")
+        left.legend()
+        entry = report["grids"][0]
+        wanted = KEEP_RATIOS[0]
+        names = [name for name in METHODS if name != "dense"]
+        for y, name in enumerate(names):
+            for n, level in enumerate(entry["levels"]):
+                x = [
+                    error["relative_l1"]
+                    for sample in entry["samples"]
+                    for error in sample["errors"]
+                    if (sample["level"], error["method"], error["keep_ratio"])
+                    == (level, name, wanted)
+                ]
+                label = f"noise {level:g}" if y == 0 else None
+                place = [y + 0.22 * (n - 1)] * len(x)
+                right.scatter(x, place, s=12, color=SERIES[n], linewidths=0, label=label)
+        right.set_yticks(range(len(names)), names)
+        right.invert_yaxis()
+        right.set_xscale("log")
+        right.set_xlabel("relative L1 error, a dot for each layer")
+        right.set_title(f"Density {wanted:.0%}, N {entry['tokens']}, nothing trained")
+        right.legend()
+        figure.savefig(path, dpi=110, facecolor="white")
+
+
+def grid_of(text: str) -> tuple[int, int, int]:
+    frames, height, width = map(int, text.split("x"))
+    return frames, height, width
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    add = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--grids", default="8x32x32,16x48x48", help="tokens as frames x height x width")
+    add("--layers", type=lambda text: [int(x) for x in text.split(",")], help="all, if not given")
+    add("--settings", type=int, default=len(IN_LOOP), help="of the in-loop methods, the first N")
+    add("--clip", type=Path, default=demo.HELD_OUT_VIDEO, help="a video, or its frames as .npy")
+    add("--out", type=Path, default=OUT)
+    add("--plot", type=Path, default=PLOT)
+    add("--draw", action="store_true", help="draw what is measured already")
+    args = parser.parse_args()
+    if not args.draw:
+        grids = [measure_grid(grid_of(text), args) for text in args.grids.split(",")]
+        machine = {**describe_machine()}
+        if args.device.startswith("cuda"):
+            machine["device"] = torch.cuda.get_device_name()
+        report = {"machine": machine, "dtype": "float32" if args.device == "cpu" else "bfloat16"}
+        args.out.write_text(json.dumps({**report, "grids": grids}) + "\n")
+        print(f"wrote {args.out}")
+    draw(json.loads(args.out.read_text()), args.plot)
+    print(f"wrote {args.plot}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
