@@ -75,7 +75,7 @@ def measure_grid(grid: tuple[int, int, int], args: argparse.Namespace) -> dict[s
     device = torch.device(args.device)
     pipeline = demo.load_pipeline()
     model = pipeline.transformer.to(device).eval()
-    layers = args.layers or list(range(len(model.blocks)))
+    layers = sorted({n % len(model.blocks) for n in args.layers or range(len(model.blocks))})
     frames, height, width = grid[0], 2 * grid[1], 2 * grid[2]
     clip = read_clip(args.clip, frames, height, width).to(device)
     class_id = pipeline.class_names.index(demo.HELD_OUT_CLASS)

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from budgets import budget
+from report_captured import render_captured
+from report_model import render_model
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -41,7 +43,7 @@ holds the same build to float64.
 
 KEY = (
     *("workload", "pass", "dtype", "inputs", "method", "keep_ratio", "setting", "blocks", "scope"),
-    *("low_bit", "part"),
+    *("low_bit", "part", "mode"),
 )
 
 #: What the project set out to reach on two cores, float32, cpu-8k: (words, row filter, x sdpa).
@@ -71,7 +73,13 @@ def render(files: Iterable[Path], trainings: Iterable[Path], demos: Iterable[Pat
         if not rows:
             continue
         if "gemm_tflops" in rows[-1]:
-            parts.append(render_gpu(rows, path.with_suffix(".profile.json")))
+            models = [row for row in rows if row["suite"] == "model"]
+            operators = [row for row in rows if row["suite"] != "model"]
+            if operators:
+                parts.append(render_gpu(operators, path.with_suffix(".profile.json")))
+            kernels = path.with_suffix(".model.json")
+            told = json.loads(kernels.read_text()) if kernels.exists() else None
+            parts += [render_model(models, told)] * bool(models)
             continue
         last = rows[-1]
         commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
@@ -86,6 +94,9 @@ def render(files: Iterable[Path], trainings: Iterable[Path], demos: Iterable[Pat
     quality = RESULTS / "quality.json"
     if quality.exists():
         parts.append(render_quality(json.loads(quality.read_text())))
+    captured = RESULTS / "captured.json"
+    if captured.exists():
+        parts.append(render_captured(json.loads(captured.read_text())))
     return "\n".join(parts)
 
 

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks of whole models and of captured tensors, at the smallest, and their pages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[3] / "bench"
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+
+def run(script: str, *arguments: str) -> str:
+    pytest.importorskip("diffusers")
+    done = subprocess.run(
+        [sys.executable, str(BENCH / script), *arguments],
+        env={**os.environ, "SPARLINE_COMMIT": "test"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What renders the pages; bench/ is no package."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    import report_captured
+    import report_model
+
+    return report_model.render_model, report_captured.render_captured
+
+
+def test_model(tmp_path: Path, pages: Any) -> None:
+    """Every attention, eager and in one graph for each block."""
+    tiny = ["--device", "cpu", "--workload", "tiny", "--repetitions", "5", "--compiler", "eager"]
+    run("model.py", *tiny, "--out", str(tmp_path))
+    (path,) = tmp_path.glob("*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    names = ["cudnn", "sdpa", "dense", "sla2", "sla", "dynsparse"]
+    assert [(r["mode"], r["method"]) for r in rows] == [
+        (mode, name) for mode in ("eager", "compiled") for name in names
+    ]
+    for row in rows:
+        assert row["suite"] == "model"
+        assert row["ms"] > 0.0
+        assert row["baseline"] in ("cudnn", "sdpa")
+        assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["ms"], rel=1e-2)
+    page = pages[0](rows, None)
+    assert page.count("| SLA2 at 97 %") == 2
+    assert "random" in page
+
+
+def test_captured(tmp_path: Path, pages: Any) -> None:
+    out = tmp_path / "captured.json"
+    small = ["--device", "cpu", "--grids", "2x8x16", "--layers", "0,-1", "--settings", "1"]
+    run("captured.py", *small, "--out", str(out), "--plot", str(tmp_path / "captured.png"))
+    report = json.loads(out.read_text())
+    (entry,) = report["grids"]
+    assert entry["tokens"] == 256
+    assert {(s["layer"], s["level"]) for s in entry["samples"]} == {
+        (layer, level) for layer in (0, 7) for level in (0.2, 0.5, 0.8)
+    }
+    for sample in entry["samples"]:
+        dense = next(e for e in sample["errors"] if e["method"] == "dense")
+        assert dense["relative_l1"] < 1e-5
+    for row in entry["in_loop"]:
+        for how in ("one", "each"):
+            assert all(0.0 <= share <= 1.0 for share in row[how].values())
+        # No rule skips more of whole tiles than their true mass allows.
+        assert max(row["each"].values()) <= row["best_each"] + 0.02
+    assert (tmp_path / "captured.png").stat().st_size > 10_000
+    assert "In-loop skipping at equal recall" in pages[1](report)
