@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -262,18 +263,21 @@ def main() -> int:
     add("--layers", type=lambda text: [int(x) for x in text.split(",")], help="all, if not given")
     add("--settings", type=int, default=len(IN_LOOP), help="of the in-loop methods, the first N")
     add("--clip", type=Path, default=demo.HELD_OUT_VIDEO, help="a video, or its frames as .npy")
+    add("--commit", default=os.environ.get("SPARLINE_COMMIT"), help="where there is no git")
     add("--out", type=Path, default=OUT)
     add("--plot", type=Path, default=PLOT)
     add("--draw", action="store_true", help="draw what is measured already")
     args = parser.parse_args()
     if not args.draw:
-        grids = [measure_grid(grid_of(text), args) for text in args.grids.split(",")]
-        machine = {**describe_machine()}
-        if args.device.startswith("cuda"):
-            machine["device"] = torch.cuda.get_device_name()
-        report = {"machine": machine, "dtype": "float32" if args.device == "cpu" else "bfloat16"}
-        args.out.write_text(json.dumps({**report, "grids": grids}) + "\n")
-        print(f"wrote {args.out}")
+        is_cuda = args.device.startswith("cuda")
+        machine = describe_machine()
+        machine["device"] = torch.cuda.get_device_name() if is_cuda else machine["device"]
+        machine["commit"] = args.commit or machine["commit"]
+        report = {"machine": machine, "dtype": "bfloat16" if is_cuda else "float32", "grids": []}
+        for text in args.grids.split(","):
+            report["grids"].append(measure_grid(grid_of(text), args))
+            args.out.write_text(json.dumps(report) + "\n")
+            print(f"wrote {args.out}", flush=True)
     draw(json.loads(args.out.read_text()), args.plot)
     print(f"wrote {args.plot}")
     return 0
