@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
+import math
 import os
 import statistics
 import time
@@ -26,10 +28,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from quality import IN_LOOP, RECALLS, sparsity_at
 
 import sparline
-from sparline import demo
+from sparline import demo, video
 from sparline.bench import describe_machine
 from sparline.demo.pipeline import class_embeddings
 from sparline.inspect.capture import Capture, Sample
@@ -42,9 +43,20 @@ OUT = ROOT / "bench" / "results" / "captured.json"
 PLOT = ROOT / "docs" / "captured.png"
 LEVELS = (0.2, 0.5, 0.8)
 KEEP_RATIOS = (0.10, 0.05)
+RECALLS = (0.90, 0.95, 0.98, 0.99)
+#: Options of both in-loop methods beside their threshold.
+IN_LOOP: tuple[dict[str, Any], ...] = (
+    {},
+    {"decide_rows": 16},
+    {"tile_order": "diagonal_first"},
+    {"tile_order": "diagonal_first", "token_order": "cubes"},
+)
 #: ``sla`` with its projection untrained is ``sparse``: only what it adds would differ.
 METHODS = ("dense", "sparse", "top_p", "sla", "sla2", "vsa", "vmoba", "dynsparse", "blasst")
-THRESHOLDS = (-12.0, -10.0, -9.0, -8.0, *(0.5 * n for n in range(-14, 0)), -0.1)
+#: Of BLASST, against the running maximum.
+THRESHOLDS = (*(0.5 * n for n in range(-18, -6)), *(0.25 * n for n in range(-12, 0)), -0.1)
+#: Of DynSparse, above a tile's fair share of the softmax, ln(block_k / N).
+BUDGETS = (-6.0, -4.0, -3.0, -2.0, -1.5, *(0.125 * n for n in range(-8, 17)), 2.5, 3.0, 4.0)
 SEED = 1
 
 Curve = list[tuple[float, float]]  # (recall, share of tiles skipped), by rising threshold
@@ -62,12 +74,14 @@ class Skips:
 
 
 def read_clip(path: Path, frames: int, height: int, width: int) -> torch.Tensor:
-    """(1, 3, T, H, W) in [-1, 1]; ``path`` is a video, or its frames as .npy (T, H, W, 3)."""
-    if path.suffix != ".npy":
-        return data.read_window(path, frames, height, width, SEED)[None]
-    pixels = torch.from_numpy(np.load(path)[:frames]).permute(0, 3, 1, 2).float()
-    scaled = torch.nn.functional.interpolate(pixels, (height, width), mode="bicubic")
-    return scaled.clamp(0.0, 255.0).div(127.5).sub(1.0).transpose(0, 1)[None]
+    """(1, 3, T, H, W) in [-1, 1]; ``path`` is a video, or frames of that size as .npy."""
+    if path.suffix == ".npy":
+        pixels = np.load(path)
+    else:
+        pixels = video.read_window(path, frames, height, width)
+    if pixels.shape != (frames, height, width, 3):
+        raise SystemExit(f"--clip: {path} must hold {frames} frames of {height} x {width}")
+    return torch.from_numpy(pixels).permute(3, 0, 1, 2).float().div(127.5).sub(1.0)[None]
 
 
 @torch.no_grad()
@@ -128,12 +142,17 @@ def measure_skips(sample: Sample, settings: Sequence[dict[str, Any]]) -> Skips:
     q, k, v = sample.q, sample.k, sample.v
     given: dict[str, Any] = {"layout": "bnhd", "grid": sample.grid}
     _, full = sparline.attention(q, k, v, method=Dense(), layout="bnhd", return_lse=True)
+    fair = math.log(SLA.sparse_only().block_k / k.shape[1])  # 64, as of the in-loop methods
+    thresholds = {
+        DynSparse: [fair + x for x in BUDGETS if fair + x < 0.0],
+        BLASST: THRESHOLDS,
+    }
     curves: dict[str, dict[str, list[Curve]]] = {}
     for options in settings:
         found: dict[str, list[Curve]] = {}
-        for cls in (DynSparse, BLASST):
+        for cls, values in thresholds.items():
             heads: list[Curve] = [[] for _ in range(q.shape[2])]
-            for threshold in THRESHOLDS:
+            for threshold in values:
                 told = sparline.tile_statistics(q, k, v, method=cls(threshold, **options), **given)
                 kept = (told.lse - full).exp().mean(dim=-1)[0].tolist()  # (H,)
                 skipped = (told.skipped / told.visited)[0].tolist()
@@ -171,6 +190,14 @@ def pooled(curves: Sequence[Curve]) -> Curve:
         (statistics.fmean(r for r, _ in points), statistics.fmean(s for _, s in points))
         for points in zip(*curves, strict=True)
     ]
+
+
+def sparsity_at(recall: float, points: list[tuple[float, float]]) -> float:
+    """Linear interpolation of the sparsity where a falling curve of recall crosses a value."""
+    for (r0, s0), (r1, s1) in itertools.pairwise(points):
+        if r1 <= recall <= r0:
+            return s1 if r0 == r1 else s0 + (s1 - s0) * (r0 - recall) / (r0 - r1)
+    return max(s for r, s in points if r >= recall)
 
 
 def sum_up(skips: Sequence[Skips]) -> dict[str, Any]:
@@ -228,7 +255,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         left.legend()
         entry = report["grids"][0]
         wanted = KEEP_RATIOS[0]
-        names = [name for name in METHODS if name != "dense"]
+        names = [name for name in METHODS if name not in ("dense", "sla")]
         for y, name in enumerate(names):
             for n, level in enumerate(entry["levels"]):
                 x = [
@@ -262,7 +289,12 @@ def main() -> int:
     add("--grids", default="8x32x32,16x48x48", help="tokens as frames x height x width")
     add("--layers", type=lambda text: [int(x) for x in text.split(",")], help="all, if not given")
     add("--settings", type=int, default=len(IN_LOOP), help="of the in-loop methods, the first N")
-    add("--clip", type=Path, default=demo.HELD_OUT_VIDEO, help="a video, or its frames as .npy")
+    add(
+        "--clip",
+        type=Path,
+        default=demo.HELD_OUT_VIDEO,
+        help="a video, or frames of the size as .npy",
+    )
     add("--commit", default=os.environ.get("SPARLINE_COMMIT"), help="where there is no git")
     add("--out", type=Path, default=OUT)
     add("--plot", type=Path, default=PLOT)

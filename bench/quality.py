@@ -9,7 +9,6 @@ The captured tensors are q, k and v of six layers and steps of one dense generat
 
 from __future__ import annotations
 
-import itertools
 import json
 import statistics
 import subprocess
@@ -24,18 +23,9 @@ from torch import Tensor
 import sparline
 from sparline.bench import describe_machine
 from sparline.inspect.capture import Sample, load_sample
-from sparline.methods import BLASST, SLA, SLA2, Dense, DynSparse, LowBit, Method
+from sparline.methods import SLA, SLA2, Dense, LowBit, Method
 
 OUT = Path(__file__).resolve().parent / "results" / "quality.json"
-RECALLS = (0.90, 0.95, 0.98, 0.99)
-#: Options of both in-loop methods beside their threshold.
-IN_LOOP: tuple[dict[str, Any], ...] = (
-    {},
-    {"decide_rows": 16},
-    {"tile_order": "diagonal_first"},
-    {"tile_order": "diagonal_first", "token_order": "cubes"},
-)
-THRESHOLDS = (-9.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, -0.5, -0.1)
 
 
 def relative_l1(actual: Tensor, exact: Tensor) -> float:
@@ -84,48 +74,6 @@ def low_bit_rows(samples: list[Sample]) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-# In-loop skipping at equal recall ---------------------------------------------------------------
-
-
-def in_loop_rows(samples: list[Sample]) -> list[dict[str, Any]]:
-    """Tile sparsity of DynSparse and BLASST where each keeps the same share of the softmax."""
-    dense = [
-        sparline.attention(s.q, s.k, s.v, method=Dense(), layout="bnhd", return_lse=True)[1]
-        for s in samples
-    ]
-    rows = []
-    for options in IN_LOOP:
-        curves: dict[str, list[tuple[float, float]]] = {}
-        for cls in (DynSparse, BLASST):
-            points = []
-            for threshold in THRESHOLDS:
-                method = cls(threshold, **options)
-                told = [
-                    sparline.tile_statistics(
-                        s.q, s.k, s.v, method=method, layout="bnhd", grid=s.grid
-                    )
-                    for s in samples
-                ]
-                recalls = [
-                    (t.lse - full).exp().mean().item() for t, full in zip(told, dense, strict=True)
-                ]
-                points.append((statistics.mean(recalls), statistics.mean(t.sparsity for t in told)))
-            curves[cls.name] = points
-        for recall in RECALLS:
-            found = {name: sparsity_at(recall, points) for name, points in curves.items()}
-            setting = " ".join(f"{key}={value}" for key, value in options.items())
-            rows.append({"recall": recall, "setting": setting, **found})
-    return rows
-
-
-def sparsity_at(recall: float, points: list[tuple[float, float]]) -> float:
-    """Linear interpolation of the sparsity where a falling curve of recall crosses a value."""
-    for (r0, s0), (r1, s1) in itertools.pairwise(points):
-        if r1 <= recall <= r0:
-            return s1 if r0 == r1 else s0 + (s1 - s0) * (r0 - recall) / (r0 - r1)
-    return max(s for r, s in points if r >= recall)
 
 
 # Token order ------------------------------------------------------------------------------------
@@ -179,7 +127,6 @@ def main() -> int:
         "machine": describe_machine(),
         "samples": [s.name for s in samples],
         "low_bit": low_bit_rows(samples),
-        "in_loop": in_loop_rows(samples),
         "token_order": token_order_rows(samples),
     }
     OUT.write_text(json.dumps(report, indent=2) + "\n")

@@ -388,24 +388,6 @@ def render_quality(report: dict[str, Any]) -> str:
         for row in report["low_bit"]
     ]
     lines += [
-        "\n### In-loop skipping at equal recall, captured\n",
-        "Share of tiles skipped where the mean row keeps the same share of its softmax, one "
-        "threshold for all layers, steps and heads. The project's target, DynSparse 15 points "
-        "above BLASST, is "
-        + (
-            "met.\n"
-            if all(r["dynsparse"] >= r["blasst"] + 0.15 for r in report["in_loop"])
-            else "missed on these tensors.\n"
-        ),
-        "| recall | options | DynSparse | BLASST |",
-        "|---:|---|---:|---:|",
-    ]
-    for row in report["in_loop"]:
-        lines.append(
-            f"| {row['recall']:.0%} | {row['setting'] or 'defaults'} | {row['dynsparse']:.1%} "
-            f"| {row['blasst']:.1%} |"
-        )
-    lines += [
         "\n### Token order at equal sparsity, captured\n",
         "Blocks of 64 × 64. Recall is the share of the dense softmax that top-k keeps; errors are "
         "of the sparse branch alone and of SLA2 with its router untrained and α measured.\n",
