@@ -171,7 +171,7 @@ def measure(row: Row, model: Any, shape: Shape, clock: Clock, compiler: str) -> 
         **timed,
         "compile_s": round(compile_s, 1) if row.mode == "compiled" else None,
         "peak_bytes": peak,
-        "kernels": kernels,
+        "kernel_times": kernels,
     }
 
 
@@ -258,7 +258,7 @@ def kernel_of(kernel: dict[str, Any]) -> str:
 def by_stage(found: dict[str, Any]) -> dict[str, float]:
     """ms of each stage; what is left of the step is the device idle."""
     sums = dict.fromkeys((SELF, CROSS, GEMMS, OTHERS, REST), 0.0)
-    for kernel in found["kernels"]:
+    for kernel in found["kernel_times"]:
         sums[kernel["stage"]] += kernel["us"] / 1e3
     idle = max(0.0, found["ms"] - sum(sums.values()))
     return {name: round(ms, 3) for name, ms in {**sums, "idle": idle}.items()}
@@ -277,7 +277,7 @@ def finish(found: dict[str, Any], bases: dict[str, float]) -> dict[str, Any]:
         "baseline": name,
         "baseline_ms": round(bases[name], 4) if name else None,
         "ratio": round(bases[name] / found["ms"], 3) if name else None,
-        "stages_ms": by_stage(found) if found["kernels"] else None,
+        "stages_ms": by_stage(found) if found["kernel_times"] else None,
     }
 
 
@@ -286,7 +286,7 @@ def write_kernels(path: Path, machine: dict[str, Any], found: dict[str, Any]) ->
     report = json.loads(path.read_text()) if path.exists() else {"entries": []}
     key = (found["workload"], found["mode"], found["method"])
     entries = [e for e in report["entries"] if (e["workload"], e["mode"], e["method"]) != key]
-    names = ("workload", "mode", "method", "ms", "kernels")
+    names = ("workload", "mode", "method", "ms", "kernel_times")
     entries.append({**{name: found[name] for name in names}, **machine})
     path.write_text(json.dumps({"entries": entries}, indent=1) + "\n")
 
@@ -320,9 +320,9 @@ def run_rows(args: argparse.Namespace) -> int:
         if is_base:
             bases[row.mode][row.name] = found["ms"]
         told = finish(found, bases[row.mode])
-        if told["kernels"]:
+        if told["kernel_times"]:
             write_kernels(results.with_suffix(".model.json"), machine, told)
-        del told["kernels"]
+        del told["kernel_times"]
         with results.open("a") as file:
             file.write(json.dumps({**told, **machine}) + "\n")
         print(line_of(row, told), flush=True)

@@ -75,7 +75,7 @@ def render_kernels(report: dict[str, Any]) -> list[str]:
             *(
                 f"| {kernel['stage']} | `{short(kernel['kernel'])}` | {kernel['launches']:g} "
                 f"| {kernel['us'] / 1e3:.1f} |"
-                for kernel in entry["kernels"][:NAMED]
+                for kernel in entry["kernel_times"][:NAMED]
             ),
             "",
         ]
