@@ -282,6 +282,15 @@ def grid_of(text: str) -> tuple[int, int, int]:
     return frames, height, width
 
 
+def others(path: Path, report: dict[str, Any], grid: tuple[int, int, int]) -> list[dict[str, Any]]:
+    """Other grids that the same code measured on the same device."""
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    same = all(before["machine"][key] == report["machine"][key] for key in ("device", "commit"))
+    return [entry for entry in before["grids"] if same and entry["grid"] != list(grid)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
@@ -305,10 +314,11 @@ def main() -> int:
         machine = describe_machine()
         machine["device"] = torch.cuda.get_device_name() if is_cuda else machine["device"]
         machine["commit"] = args.commit or machine["commit"]
-        report = {"machine": machine, "dtype": "bfloat16" if is_cuda else "float32", "grids": []}
+        report = {"machine": machine, "dtype": "bfloat16" if is_cuda else "float32"}
         for text in args.grids.split(","):
-            report["grids"].append(measure_grid(grid_of(text), args))
-            args.out.write_text(json.dumps(report) + "\n")
+            grids = [*others(args.out, report, grid_of(text)), measure_grid(grid_of(text), args)]
+            grids.sort(key=lambda entry: entry["tokens"])
+            args.out.write_text(json.dumps({**report, "grids": grids}) + "\n")
             print(f"wrote {args.out}", flush=True)
     draw(json.loads(args.out.read_text()), args.plot)
     print(f"wrote {args.plot}")
