@@ -164,6 +164,20 @@ struct LinearParams {
 int64_t linear_forward_bytes(const LinearParams& params);
 void linear_forward(const LinearParams& params, const Rows& o, std::byte* workspace, void* stream);
 
+/// The sums of states for the Hopper sparse kernel, which combines as it goes: H_i lies in o's own
+/// rows until that kernel overwrites them. With Combine::kProjection h_j is phi(k_j)^T (v_j W^T),
+/// so that only the bias is left to add.
+struct LinearSums {
+  Rows o;                    // out: row f of H_i, bf16 whatever T is, is row f of query block i
+  bf16_t* ragged = nullptr;  // out (B, H, num_sequences, D, D): H_i where a block has fewer rows
+  float* z = nullptr;        // out (B, H, T_m, D): Z_i; NaN where E_i is empty
+};
+/// All pairs in one launch. False, and nothing is launched, where the copy engine cannot read k or
+/// v. The wave is the whole problem. Only in builds with SPARLINE_WITH_SM90. sm90/linear_sums.cu
+int64_t linear_sums_sm90_bytes(const LinearParams& params);
+bool linear_sums_sm90(const LinearParams& params, const LinearSums& sums, std::byte* workspace,
+                      void* stream);
+
 struct LinearBackward {
   LinearParams forward;
   Rows d_o;
