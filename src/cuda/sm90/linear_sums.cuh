@@ -11,9 +11,9 @@
 //             (linear_sums_states.cuh), 3 and 4 add them up (linear_sums_product.cuh). States wait
 //             for device memory and the product for tensor cores: one runs beside the other. CTA n
 //             of G takes key blocks and tiles of the product n, n + G, ..., head by head
-//   Tiles     states: a block of up to 64 keys. Product: 256 query blocks x 64 columns of a state,
+//   Tiles     states: a block of up to 64 keys. Product: 128 query blocks x 128 columns of a state,
 //             64 key blocks at a time
-//   Shared    W 32 KiB, 4 slots of 32 KiB for keys and values, 6 of 10 KiB for states and the map
+//   Shared    W 32 KiB, 4 slots of 32 KiB for keys and values, 4 of 16 KiB for states
 //   Sync      load -> full[slot] -> use -> empty[slot] -> load, in both rings. Between CTAs,
 //   counters
 //             in global memory: states of a chunk are there, rows of the map are there, the sums of
@@ -46,6 +46,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       init(shared.sum_full[n], 1);
       init(shared.sum_empty[n], 8);
     }
+    for (int n = 0; n < Traits::kAnnouncements; ++n) {
+      for (int group = 0; group < 2; ++group) {
+        init(shared.stored[group][n], 4);
+        init(shared.announced[group][n], 1);
+      }
+    }
     fence_barrier_init();
   }
   if (params.linear.combine == Combine::kProjection) {
@@ -63,7 +69,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     fence_async();
   }
   __syncthreads();
-  const int warp = warp_index();
+  const int warp = __shfl_sync(kAllLanes, warp_index(), 0);
   if (warp < 4) {
     give_back_registers<Traits::kLoadRegisters>();
     if (warp == 0) {
@@ -71,13 +77,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     } else if (warp == 1) {
       load_sums(params, shared);
     } else {
-      make_bits<Traits>(params, warp - 2, 2);
+      announce_states(params, shared, warp - 2);
     }
   } else if (warp < 12) {
     take_registers<Traits::kStateRegisters>();
     LinearStates<Traits>(params, shared, warp / 4 - 1).run();
   } else {
     take_registers<Traits::kSumRegisters>();
+    make_bits<Traits>(params, warp - 12, 8);
     LinearProduct<Traits>(params, shared, warp / 4 - 3).run();
   }
 }

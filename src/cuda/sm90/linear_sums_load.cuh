@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The sums of states on Hopper, warpgroup 0: one warp loads keys and values, one what the product
-// multiplies, two turn the map into bits.
+// The sums of states on Hopper, warpgroup 0: one warp loads keys and values, one the states that
+// the product adds up, two tell other CTAs of states. And what the product's warps begin with: the
+// map as bits.
 #pragma once
 
 #include "cuda/sm90/linear_sums_shared.cuh"
@@ -72,9 +73,8 @@ class ReadyChunks {
 template <class Traits>
 __device__ void load_sums(const LinearSumsParams& params, LinearSumsShared<Traits>& shared) {
   const Frame& frame = params.linear.frame;
-  constexpr int kChunk = Traits::kChunk, kTileM = Traits::kTileM, kTileN = Traits::kTileN;
-  constexpr uint32_t kBitBytes = kTileM * sizeof(uint2);
-  constexpr int kTilesH = Traits::kHeadDim * Traits::kHeadDim / kTileN;  // the others are of z
+  constexpr int kChunk = Traits::kChunk, kTileN = Traits::kTileN;
+  constexpr int kTilesH = Traits::kHeadDim * Traits::kHeadDim / kTileN;  // the other is of z
   RingCursor<Traits::kSumSlots> ring;
   ReadyChunks<Traits> ready(params);
   int32_t last_head = -1;
@@ -84,28 +84,48 @@ __device__ void load_sums(const LinearSumsParams& params, LinearSumsShared<Trait
     const ChunkRange range = chunk_range<Traits>(params, tile.m);
     const int32_t pair = tile.head / frame.group();
     if (tile.head != last_head) {
-      wait_for_count(params.bits_ready + tile.head, static_cast<uint32_t>(params.tiles_m * kTileM));
-      fence_async();
       last_head = tile.head;
+      wait_for_count(params.bits_ready + tile.head,
+                     static_cast<uint32_t>(params.tiles_m * Traits::kTileM));
     }
-    const uint2* const bits =
-        params.bits + (int64_t{tile.head} * params.tiles_m + tile.m) * params.chunks * kTileM;
-    const bool is_z = tile.n >= kTilesH;
+    const bool is_z = tile.n == kTilesH;
     const CUtensorMap& map = is_z ? params.z : params.states;
-    const int32_t column = (is_z ? tile.n - kTilesH : tile.n) * kTileN;
+    const int32_t column = is_z ? 0 : tile.n * kTileN;
     const int32_t place = pair % params.slots;
     for (int32_t chunk = range.begin; chunk < range.end; ++chunk, ring.advance()) {
       ready.wait_for(pair, chunk);
       wait(shared.sum_empty[ring.slot], ring.parity ^ 1);
       if (elect_one()) {
-        auto& slot = shared.sum_slots[ring.slot];
         Barrier& full = shared.sum_full[ring.slot];
-        arrive_expecting(full, kChunk * kTileN * 2 + kBitBytes);
-        load_box(slot.states, map, full, column, chunk * kChunk, place, 0);
-        load_bytes(slot.bits, bits + int64_t{chunk} * kTileM, kBitBytes, full);
+        arrive_expecting(full, kChunk * kTileN * 2);
+#pragma unroll
+        for (int slice = 0; slice < kTileN / 64; ++slice) {  // past the end of z: zeros
+          load_box(shared.sum_slots[ring.slot] + slice * kChunk * 64, map, full,
+                   column + slice * 64, chunk * kChunk, place, 0);
+        }
       }
       __syncwarp();
     }
+  }
+}
+
+/// Tells other CTAs of the states that a warpgroup has stored. They are at rest only thousands of
+/// clocks after they were stored, for which this warp waits in its place.
+template <class Traits>
+__device__ void announce_states(const LinearSumsParams& params, LinearSumsShared<Traits>& shared,
+                                int group) {
+  const int32_t num_blocks = params.linear.frame.keys.num_blocks;
+  RingCursor<Traits::kAnnouncements> ring;
+  for (int32_t unit = static_cast<int32_t>(blockIdx.x + group * gridDim.x); unit < params.num_units;
+       unit += static_cast<int32_t>(2 * gridDim.x), ring.advance()) {
+    const int32_t pair = unit / num_blocks, chunk = unit % num_blocks / Traits::kChunk;
+    wait(shared.stored[group][ring.slot], ring.parity);
+    if (lane_index() == 0) {
+      fence_async();
+      count_up(params.chunk_ready + int64_t{pair} * params.chunks + chunk);
+      arrive(shared.announced[group][ring.slot]);
+    }
+    __syncwarp();
   }
 }
 
@@ -160,7 +180,6 @@ __device__ void make_bits(const LinearSumsParams& params, int first_warp, int nu
     }
     if (lane == 0) {
       params.empty_rows[row] = any == 0 ? NAN : 0.0f;
-      fence_async();
       count_up(params.bits_ready + head);
     }
   }

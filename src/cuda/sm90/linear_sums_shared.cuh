@@ -18,11 +18,12 @@ struct LinearSumsTraits {
   static constexpr int kSlices = kHeadDim / 64;  // of 64 columns, one behind the other
   static constexpr int kRunK = 64;               // keys of a block, at most
   static constexpr int kKeySlots = kHeadDim == 64 ? 8 : 4;
-  static constexpr int kSumSlots = 6;
-  static constexpr int kTileM = 256, kTileN = 64, kChunk = 64;  // of the product
+  static constexpr int kSumSlots = 4;
+  static constexpr int kTileM = 128, kTileN = 128, kChunk = 64;  // of the product
+  static constexpr int kAnnouncements = 4;  // of states, by each warpgroup, under way
   static constexpr int kSliceBytes = kRunK * 128;
   static constexpr int kThreads = 640;
-  static constexpr int kLoadRegisters = 32, kStateRegisters = 96, kSumRegisters = 128;
+  static constexpr int kLoadRegisters = 32, kStateRegisters = 112, kSumRegisters = 112;
   static_assert(kHeadDim % 64 == 0 && kHeadDim <= 128);
 };
 
@@ -33,16 +34,15 @@ struct LinearSumsShared {
     T k[Traits::kRunK * Traits::kHeadDim];
     T v[Traits::kRunK * Traits::kHeadDim];
   };
-  struct SumSlot {  // of a chunk of the product
-    bf16 states[Traits::kChunk * Traits::kTileN];
-    uint2 bits[Traits::kTileM];
-  };
-  T weight[Traits::kHeadDim * Traits::kHeadDim];  // W, by slices
+  using SumSlot = bf16[Traits::kChunk * Traits::kTileN];  // states of a chunk, by slices
+  T weight[Traits::kHeadDim * Traits::kHeadDim];          // W, by slices
   KeySlot key_slots[Traits::kKeySlots];
   SumSlot sum_slots[Traits::kSumSlots];
   Barrier key_full[Traits::kKeySlots], key_empty[Traits::kKeySlots];
   Barrier sum_full[Traits::kSumSlots], sum_empty[Traits::kSumSlots];
+  Barrier stored[2][Traits::kAnnouncements], announced[2][Traits::kAnnouncements];
 };
+static_assert(sizeof(LinearSumsShared<LinearSumsTraits<bf16, 128>>) <= 227 * 1024);
 
 /// A thread of a product holds two of every eight columns of a row; a state keeps each 32 columns
 /// in that order, lane by lane: what lane t holds of the eights m = 0..3 is columns 8 t + 2 m and

@@ -127,11 +127,10 @@ class LinearStates {
         }
       }
     }
-    sync_group();
-    if (threadIdx.x % 128 == 0) {
-      fence_async();
-      count_up(params_.chunk_ready + int64_t{pair} * params_.chunks + j / Traits::kChunk);
-    }
+    wait(shared_.announced[group_][stored_.slot], stored_.parity ^ 1);
+    __syncwarp();
+    if (lane_ == 0) arrive(shared_.stored[group_][stored_.slot]);
+    stored_.advance();
   }
 
   /// What another block's rows are: phi is 0 there, but they need not be finite.
@@ -223,6 +222,7 @@ class LinearStates {
   LinearSumsShared<Traits>& shared_;
   const int group_, lane_, warp_;
   RingCursor<Traits::kKeySlots> ring_;
+  RingCursor<Traits::kAnnouncements> stored_;
   int32_t pair_ = -1;
 };
 
