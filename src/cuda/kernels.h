@@ -57,6 +57,20 @@ void soft_top_k_backward(const SoftTopKBackwardArgs& args, void* stream);
 
 // The sparse branch ------------------------------------------------------------------------------
 
+/// The linear branch as the last tile of every query block (Hopper): o = a o_s + c phi(q) H_i, from
+/// sums of states. Row f of H_i (D x D, bf16 whatever T is) is row f of the block in o, until the
+/// block's result takes its place.
+struct LinearTail {
+  bool is_on = false;
+  const bf16_t* ragged_sums =
+      nullptr;                      // (B, H, num_sequences, D, D): H_i of blocks with fewer rows
+  const float* sums_z = nullptr;    // (B, H, T_m, D): Z_i; NaN where E_i is empty, H_i finite
+  Combine combine = Combine::kSum;  // of kProjection only the bias is left: W is in H_i
+  FeatureMap feature_map = FeatureMap::kSoftmax;  // not a hedgehog map
+  float epsilon = 0.0f;
+  const float* bias = nullptr;  // (D), of the projection; may be null
+  RowScalars alpha_logit;
+};
 struct SparseForward {
   Frame frame;
   Wave wave;
@@ -85,11 +99,14 @@ struct SparseForward {
   const float* k_steps = nullptr;  // of the wave (pairs, T_n)
   const uint8_t* v_codes = nullptr;  // of the wave, code_bytes(), e4m3
   const float* v_steps = nullptr;    // of the wave (pairs, num_sequences, D)
+  LinearTail linear{};               // in: H_i lies in o's rows
 };
 void sparse_forward(const SparseForward& params, void* stream);
 /// The same on Hopper; false, and nothing is launched, where it does not serve the device or the
 /// problem. Only in builds with SPARLINE_WITH_SM90. sm90/sparse_fwd.cu
 bool sparse_forward_sm90(const SparseForward& params, void* stream);
+/// Whether that one serves the problem with `linear` on.
+bool combines_sm90(const SparseForward& params);
 void sparse_forward_low_bit(const SparseForward& params, void* stream);
 /// Bytes of k_codes, and of v_codes: whole blocks of keys, both sides padded. common/quantise.cu
 int64_t code_bytes(const Frame& frame, int64_t pairs);

@@ -102,6 +102,15 @@ __device__ __forceinline__ void load_box(void* shared, const CUtensorMap& map, B
       "l"(&map), "r"(shared_address(&barrier)), "r"(d), "r"(n), "r"(h), "r"(b)
       : "memory");
 }
+/// Starts copying `bytes` bytes, a multiple of 16 at multiples of 16.
+__device__ __forceinline__ void load_bytes(void* shared, const void* global, uint32_t bytes,
+                                           Barrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(&barrier))
+      : "memory");
+}
 // Products of a warpgroup -------------------------------------------------------------------------
 
 /// Before the first product, and after registers that products use were written.

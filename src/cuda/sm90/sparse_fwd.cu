@@ -39,20 +39,40 @@ bool fits(const SparseForward& p) {
 
 }  // namespace
 
-template <int kHeadDim>
+template <int kHeadDim, bool kHasLinear>
 bool sparse_forward_sm90(const SparseForward& params, int num_multiprocessors,
                          void* stream);  // sparse_fwd.cuh
 
-bool sparse_forward_sm90(const SparseForward& params, void* stream) {
+namespace {
+
+/// `device`: the current one.
+bool serves(const SparseForward& params, int& device) {
   if (is_forced_portable() || !fits(params)) return false;
-  int device = 0, num_multiprocessors = 0;
   check(cudaGetDevice(&device), "asking for the current device");
-  if (device_arch(device) != 90) return false;
+  return device_arch(device) == 90;
+}
+
+}  // namespace
+
+bool combines_sm90(const SparseForward& params) {
+  int device = 0;
+  if (!serves(params, device)) return false;
+  // Launches nothing on no multiprocessors.
+  return params.frame.head_dim == 64 ? sparse_forward_sm90<64, true>(params, 0, nullptr)
+                                     : sparse_forward_sm90<128, true>(params, 0, nullptr);
+}
+
+bool sparse_forward_sm90(const SparseForward& params, void* stream) {
+  int device = 0, num_multiprocessors = 0;
+  if (!serves(params, device)) return false;
   check(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device),
         "asking a device for its multiprocessors");
-  return params.frame.head_dim == 64
-             ? sparse_forward_sm90<64>(params, num_multiprocessors, stream)
-             : sparse_forward_sm90<128>(params, num_multiprocessors, stream);
+  const auto with = [&]<bool kHasLinear>() {
+    return params.frame.head_dim == 64
+               ? sparse_forward_sm90<64, kHasLinear>(params, num_multiprocessors, stream)
+               : sparse_forward_sm90<128, kHasLinear>(params, num_multiprocessors, stream);
+  };
+  return params.linear.is_on ? with.template operator()<true>() : with.template operator()<false>();
 }
 
 }  // namespace sparline::cuda
