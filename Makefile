@@ -116,6 +116,7 @@ lint: $(VENV)/.dev
 	$(BIN)/python bench/report.py --check
 	$(BIN)/python tools/method_table.py --check
 	$(BIN)/python tools/training_estimate.py --check
+	$(BIN)/python examples/experiment/render.py --check
 
 format: $(VENV)/.dev
 	$(BIN)/clang-format -i $(CPP_FILES)

@@ -350,7 +350,7 @@ class Experiment:
         curve = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
         told: dict[str, Any] = {
             "batch": config.data.train_batch_size,
-            "steps": config.training.max_train_steps,
+            "steps": trainer.step,
             "train_loss": [(line["step"], round(line["loss"], 5)) for line in steps],
             "held_out_curve": [(step, round(loss, 6)) for step, loss in curve],
             "nonfinite_steps": summary.nonfinite_steps,
@@ -405,8 +405,9 @@ class Experiment:
         model = setup.load_transformer(dataclasses.replace(config.model, path=str(dense)))
         model.to(self.device).eval().requires_grad_(False)
         sparline.apply(model, sparline.method(method["name"], **without_name(method)))
-        _, held_out = setup.make_sources(config, model, self.device)
+        source, held_out = setup.make_sources(config, model, self.device)
         assert held_out is not None
+        router.fit_alpha(model, source, config, World(self.device))
         losses = objective.held_out_losses(
             model,
             held_out,

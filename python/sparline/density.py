@@ -59,7 +59,7 @@ class Tuned:
 
     def run(self, sample: Sample) -> Tensor:
         """o (1, N, H, D). Learned tensors have their initial values: SLA's projection is zero,
-        SLA2's alpha is the kept share of the dense mass, VSA's coarse gate is zero."""
+        SLA2's alpha is fitted to this sample's dense output, VSA's coarse gate is zero."""
         heads, head_dim = sample.q.shape[2:]
         arguments: dict[str, Any] = {"layout": "bnhd", "grid": sample.grid}
         # Kernels of a GPU take 16-bit tensors only.
