@@ -5,6 +5,8 @@
 
 #include <cstring>
 
+#include "emulator/emulator.h"
+
 namespace sparline::cuda {
 
 std::vector<DeviceInfo> devices() { return {}; }
@@ -12,6 +14,8 @@ std::vector<DeviceInfo> devices() { return {}; }
 std::string why_no_device() { return "emulated"; }
 
 int device_arch(int) { return 0; }
+
+CurrentDevice current_device() { return {emulator::arch(), emulator::kNumMultiprocessors}; }
 
 void clear(void* data, int64_t bytes, void*) { std::memset(data, 0, static_cast<size_t>(bytes)); }
 
@@ -92,6 +96,14 @@ int device_arch(int device_index) {
     entry.store(arch, std::memory_order_relaxed);
   }
   return arch;
+}
+
+CurrentDevice current_device() {
+  int device = 0, num_multiprocessors = 0;
+  check(cudaGetDevice(&device), "asking for the current device");
+  check(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device),
+        "asking a device for its multiprocessors");
+  return {device_arch(device), num_multiprocessors};
 }
 
 void clear(void* data, int64_t bytes, void* stream) {

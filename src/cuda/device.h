@@ -24,6 +24,12 @@ std::string why_no_device();
 /// 80, 90, ... of a device; 0 if there is none of this index. Asked once for each device.
 int device_arch(int device_index);
 
+/// The device that launches go to.
+struct CurrentDevice {
+  int arch, num_multiprocessors;
+};
+CurrentDevice current_device();
+
 /// Sets `bytes` bytes to zero, asynchronously on `stream`.
 void clear(void* data, int64_t bytes, void* stream);
 

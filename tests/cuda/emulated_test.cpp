@@ -15,6 +15,7 @@
 
 #include "case.h"
 #include "emulator/emulator.h"
+#include "emulator/hopper.h"
 
 namespace sparline::testing {
 namespace {
@@ -182,6 +183,81 @@ TEST(Oracle, FastSizes) {
         check_case(c);
       }
     }
+  }
+}
+
+// Hopper's own forward -----------------------------------------------------------------------
+
+/// Hopper's kernels for as long as it lives.
+struct OnHopper {
+  OnHopper() { cuda::emulator::set_arch(90); }
+  ~OnHopper() { cuda::emulator::set_arch(80); }
+};
+
+/// A random case that Hopper's forward serves.
+Case hopper_case(uint64_t seed) {
+  Case c = on_cuda(random_case(seed));
+  Problem& p = c.problem;
+  std::mt19937_64 engine(seed);
+  p.head_dim = engine() % 2 ? 64 : 128;
+  p.block_q = 65 + static_cast<int>(engine() % 64);
+  if (engine() % 2) p.block_q = 128;
+  if (engine() % 2) p.block_k = 64;
+  if (p.block_map == BlockMap::kSoft) p.block_map = BlockMap::kClass;
+  p.bit_rows = 0;
+  p.skip = {};
+  p.low_bit = {};
+  c.has_query_order = c.has_key_order = c.has_tile_order = false;
+  if (c.layout == Layout::kPadded) c.layout = Layout::kBNHD;
+  return c;
+}
+
+TEST(Hopper, RandomCases) {
+  const OnHopper on_hopper;
+  int64_t num_served = 0;
+  for (uint64_t seed = 4000; seed < 4000 + num_cases(24); ++seed) {
+    const int64_t before = cuda::emulator::num_boxes;
+    check_case(hopper_case(seed));
+    num_served += cuda::emulator::num_boxes > before;
+  }
+  EXPECT_GT(num_served, static_cast<int64_t>(num_cases(24)) * 3 / 4);
+}
+
+TEST(Hopper, SizesThatItIsMadeFor) {
+  const OnHopper on_hopper;
+  for (const DType dtype : {DType::kBF16, DType::kF16}) {
+    for (const int64_t dim : {64, 128}) {
+      for (const Combine combine : {Combine::kSparse, Combine::kProjection}) {
+        Case c = plain_case();
+        c.problem.num_queries = 2 * 128 + 1;
+        c.problem.num_keys = 12 * 64 + 9;
+        c.problem.head_dim = dim;
+        c.problem.dtype = dtype;
+        c.problem.combine = combine;
+        c.problem.block_q = 128;
+        c.problem.block_k = 64;
+        const int64_t before = cuda::emulator::num_boxes;
+        check_case(c);
+        EXPECT_GT(cuda::emulator::num_boxes, before) << describe(c);
+      }
+    }
+  }
+}
+
+TEST(Hopper, ResultsDoNotDependOnTheOrderOfThreads) {
+  const OnHopper on_hopper;
+  for (uint64_t seed = 4100; seed < 4104; ++seed) {
+    const Case c = hopper_case(seed);
+    const Inputs inputs = random_inputs(c);
+    std::string misuse;
+    set_order(Order::kForward);
+    const Outputs want = run(c, inputs, &misuse);
+    for (const Order order : {Order::kReverse, Order::kRandom}) {
+      set_order(order, seed);
+      expect_same_bits(run(c, inputs, &misuse), want, describe(c));
+    }
+    set_order(Order::kForward);
+    EXPECT_EQ(misuse, "") << describe(c);
   }
 }
 

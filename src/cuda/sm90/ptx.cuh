@@ -6,11 +6,21 @@
 // Products (wgmma) are of a warpgroup, four warps: D 64xN (float32) += A 64x16 B 16xN. Each warp
 // holds 16 rows of A and D, laid out as fragments of mma 16x8 (common/ptx.cuh): d[4 n + e] is
 // element e of the n-th 16x8, a[0..3] the A fragment. B lies in shared memory.
+//
+// Under SPARLINE_EMULATE_CUDA the emulator of tests/cuda provides all of it.
 #pragma once
 
+#ifdef SPARLINE_EMULATE_CUDA
+#include "emulator/hopper.h"
+#else
 #include <cuda.h>
 
 #include "cuda/common/platform.cuh"
+
+/// The block's dynamic shared memory, aligned: the copy engine's swizzled boxes want 1024 bytes.
+#define SPARLINE_DYNAMIC_SHARED_ALIGNED(name, bytes) \
+  extern __shared__ __align__(bytes)                 \
+  unsigned char name[]
 
 namespace sparline::cuda {
 
@@ -185,3 +195,4 @@ __device__ __forceinline__ void wgmma(float (&d)[kSize], const uint32_t* a, uint
 #undef SPARLINE_D8
 
 }  // namespace sparline::cuda
+#endif

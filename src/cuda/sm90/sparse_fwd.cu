@@ -7,7 +7,7 @@
 #include <cstring>
 #include <string>
 
-#include "cuda/common/launch.cuh"
+#include "cuda/common/platform.cuh"
 #include "cuda/device.h"
 #include "cuda/kernels.h"
 
@@ -45,11 +45,8 @@ bool sparse_forward_sm90(const SparseForward& params, int num_multiprocessors,
 
 bool sparse_forward_sm90(const SparseForward& params, void* stream) {
   if (is_forced_portable() || !fits(params)) return false;
-  int device = 0, num_multiprocessors = 0;
-  check(cudaGetDevice(&device), "asking for the current device");
-  if (device_arch(device) != 90) return false;
-  check(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device),
-        "asking a device for its multiprocessors");
+  const auto [arch, num_multiprocessors] = current_device();
+  if (arch != 90) return false;
   return params.frame.head_dim == 64
              ? sparse_forward_sm90<64>(params, num_multiprocessors, stream)
              : sparse_forward_sm90<128>(params, num_multiprocessors, stream);

@@ -31,7 +31,7 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     sparse_forward_sm90_kernel(const __grid_constant__ SparseForwardSm90Params params) {
   begin_kernel();
-  extern __shared__ __align__(1024) unsigned char bytes[];
+  SPARLINE_DYNAMIC_SHARED_ALIGNED(bytes, 1024);
   auto& shared = *reinterpret_cast<SparseForwardSm90Shared<Traits>*>(bytes);
   if (threadIdx.x == 0) {
     for (int n = 0; n < Traits::kSlots; ++n) {

@@ -596,6 +596,12 @@ void wait_for_copies(int num_pending_groups) {
 
 unsigned char* dynamic_shared() { return machine.shared; }
 
+namespace {
+int emulated_arch = 80;
+}
+void set_arch(int arch) { emulated_arch = arch; }
+int arch() { return emulated_arch; }
+
 void fail(const std::string& message) {
   fail_in_block("thread " + std::to_string(threadIdx.x) + ": " + message);
 }

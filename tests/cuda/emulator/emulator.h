@@ -126,6 +126,12 @@ unsigned char* dynamic_shared();
 /// Prints where the running thread is, and aborts.
 [[noreturn]] void fail(const std::string& message);
 
+/// Of the emulated device, for the launches that follow: 80, or 90 for Hopper's own kernels.
+void set_arch(int arch);
+int arch();
+/// Thread blocks that a kernel made to stay on its multiprocessor is launched with.
+inline constexpr int kNumMultiprocessors = 3;
+
 enum class Order { kForward, kReverse, kRandom };
 /// For the launches that follow; first, the environment decides.
 void set_order(Order order, uint64_t seed = 0);
@@ -344,6 +350,7 @@ inline void __threadfence_block() {}
 
 #define SPARLINE_DYNAMIC_SHARED(name) \
   unsigned char* const name = ::sparline::cuda::emulator::dynamic_shared()
+#define SPARLINE_DYNAMIC_SHARED_ALIGNED(name, bytes) SPARLINE_DYNAMIC_SHARED(name)
 
 namespace sparline::cuda {
 
