@@ -170,6 +170,8 @@ class RouterTrainer:
         self.layers = {
             n: cast(sparline.nn.SLA2, m) for n, m in attentions(self.transformer).items()
         }
+        if config.model.state is None:
+            fit_alpha(self.transformer, self.source, config, self.world)
 
     def run(self, on_progress: Callable[[int, int, str], None]) -> RouterSummary:
         states: dict[float, Path] = {}
@@ -182,12 +184,8 @@ class RouterTrainer:
             if path.is_file():
                 _load_learned(self.transformer, path)
             else:
-                if number > 0 or self.config.model.state is None:
-                    self._fit_alpha()
                 first = self._error(keep_ratio)
                 self._train(keep_ratio, number, on_progress)
-                # What the soft router taught alpha is not what suits the hard one.
-                self._fit_alpha()
                 errors[keep_ratio] = (first, self._error(keep_ratio))
                 self._save(path, keep_ratio, errors[keep_ratio])
             states[keep_ratio] = path
@@ -197,9 +195,6 @@ class RouterTrainer:
     def close(self) -> None:
         """Leaves the other processes."""
         self.world.close()
-
-    def _fit_alpha(self) -> None:
-        fit_alpha(self.transformer, self.source, self.config, self.world)
 
     # One ratio ----------------------------------------------------------------------------------
 

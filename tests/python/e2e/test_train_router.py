@@ -62,7 +62,8 @@ def silent(done: int, total: int, words: str) -> None:
 
 
 def test_the_router_learns_and_the_model_stays(tmp_path: Path) -> None:
-    trainer = make(tmp_path / "run", router={"steps": 40})
+    # From a worse alpha than the fitted one: what is left to that is too little for a toy's steps.
+    trainer = make(tmp_path / "run", router={"steps": 40}, model={"alpha_start": "mass"})
     others = {
         n: p.clone() for n, p in trainer.transformer.named_parameters() if "attention." not in n
     }
