@@ -10,7 +10,7 @@ noise, for the same steps, at each ratio of kept blocks; rows that need no train
 dense model as it is. The work is cut into pieces, one for each row, ratio and seed, whose state
 lies under --out: finished pieces are skipped, and one that --minutes interrupts goes on to the bit.
 With --processes each takes the next piece that is free; several on one GPU fill one another's gaps,
-but then no step is timed: the pieces time-* do that, in a run of one process for each GPU.
+but then no step is timed: --time does that, in a run of one process for each GPU.
 results.jsonl holds a line for each finished piece.
 
 Scenes are those of examples/train_demo_model.py --prepare; without --data, generated textures.
@@ -116,12 +116,13 @@ class Experiment:
 
     def pieces(self) -> list[Piece]:
         """What was asked for."""
-        asked = [
+        only = self.args.only
+        every = self.time_pieces() if self.args.time else self.all_pieces()
+        return [
             p
-            for p in self.all_pieces()
-            if not self.args.only or any(fnmatch.fnmatch(p.name, x) for x in self.args.only)
+            for p in every
+            if not only or any(x in p.name or fnmatch.fnmatch(p.name, x) for x in only)
         ]
-        return [p for p in asked if p.kind != "time" or not self.args.is_shared]
 
     def all_pieces(self) -> list[Piece]:
         """Everything, the most telling first."""
@@ -141,12 +142,16 @@ class Experiment:
             for row in self.rows:
                 if row.seeds > seed:
                     found.append(Piece("train", row, first if row.has_ratio else None, seed))
-        found += [
+        return found
+
+    def time_pieces(self) -> list[Piece]:
+        """Steps of every trained row, at the first ratio."""
+        first = self.settings["ratios"][0]
+        return [
             Piece("time", row, first if row.has_ratio else None)
             for row in self.rows
             if not row.is_free
         ]
-        return found
 
     def is_done(self, piece: Piece) -> bool:
         return (self.folder / piece.name / "result.json").is_file()
@@ -216,7 +221,7 @@ class Experiment:
         row's of the same seed."""
         lines = []
         pieces = self.all_pieces()
-        for piece in pieces:
+        for piece in [*pieces, *self.time_pieces()]:
             if self.is_done(piece):
                 result = json.loads((self.folder / piece.name / "result.json").read_text())
                 lines.append(json.dumps({**result, **self.compare_clips(piece)}) + "\n")
@@ -668,6 +673,7 @@ def parse_args() -> argparse.Namespace:
     add("--only", action="append", help="pieces of this name, such as sla2-0.05-*; repeatable")
     add("--set", action="append", default=[], help="override of the training configuration")
     add("--list", action="store_true", help="say what is done and what is not, and stop")
+    add("--time", action="store_true", help="time steps of trained rows, a process on each GPU")
     add("--processes", type=int, default=1, help="share the pieces among this many")
     add("--worker", dest="is_worker", action="store_true", help=argparse.SUPPRESS)
     # Several processes on one GPU: their times mean nothing.
