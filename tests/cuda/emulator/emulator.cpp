@@ -10,6 +10,7 @@
 
 #include <array>
 #include <limits>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -70,41 +71,46 @@ struct Thread {
   int64_t num_groups = 0;    // committed
 };
 
-/// Lanes are bits: each live lane but the running one is in exactly one of the three masks.
+/// Lanes are bits: each live lane but the running one is in exactly one of the five masks.
 struct Warp {
   uint32_t runnable = 0;
   uint32_t meeting = 0;     // waiting in a collective, in `calls`
   uint32_t at_barrier = 0;  // called from `sites`
+  uint32_t parked = 0;      // waiting for `waits`
+  uint32_t polling = 0;     // looking again after the others, called from `sites`
   std::array<Call*, kWarpSize> calls = {};
   std::array<const void*, kWarpSize> sites = {};
+  std::array<Wait, kWarpSize> waits = {};
+};
+
+struct Block {
+  uint3 idx = {};
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  unsigned char* shared_pages = nullptr;
+  unsigned char* shared = nullptr;
+  bool is_new = true;
 };
 
 struct Machine {
-  std::vector<Thread> threads;
-  std::vector<Warp> warps;
-  Warp* warp = nullptr;  // the running one
+  std::vector<std::unique_ptr<Block>> live, idle;
+  Block* block = nullptr;  // the running one
+  Warp* warp = nullptr;
   int lane = 0;
   void* scheduler_stack = nullptr;
 
   const void* kernel = nullptr;  // null while none runs
   void (*thread_function)(void*) = nullptr;
   void* context = nullptr;
-  unsigned char* shared_pages = nullptr;
-  unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
+  uint64_t progress = 0;  // counts what others may have waited for
+  std::vector<Instructions> instructions;
 
   Order order = Order::kForward;
   bool is_order_set = false;
   uint64_t random_state = 0;
 };
-Machine machine;
-
-uint64_t random_number() {  // splitmix64
-  uint64_t x = machine.random_state += 0x9e3779b97f4a7c15u;
-  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
-  return x ^ x >> 31;
-}
+constinit Machine machine;
 
 // Messages ----------------------------------------------------------------------------------------
 
@@ -150,6 +156,7 @@ const char* name(Op op) {
     case Op::kMmaFp16: return "mma<fp16>";
     case Op::kMmaInt8: return "mma_int8";
     case Op::kMmaE4m3: return "mma_e4m3";
+    case Op::kTogether: break;
   }
   return "an unknown collective";
 }
@@ -161,40 +168,61 @@ std::string hex(uint64_t value) {
 }
 
 std::string describe(const Call& call) {
+  if (call.op == Op::kTogether) {
+    return std::string(call.what) + " (" + std::to_string(static_cast<int64_t>(call.value)) +
+           "), " + place(call.site);
+  }
   return std::string(name(call.op)) + " with mask " + hex(call.mask) + ", " + place(call.site);
 }
 
-/// "lanes 0x.. of warp w wait in ..." for each place where lanes wait.
+std::string describe(const Wait& wait) {
+  for (const Instructions& some : machine.instructions) {
+    const std::string text = some.describe(wait);
+    if (!text.empty()) return text + ", " + place(wait.site);
+  }
+  return "an unknown wait";
+}
+
+/// "lanes 0x.. of warp w wait in ..." for each place where lanes of the running block wait.
 std::string describe_waiting() {
   std::string text;
-  for (size_t w = 0; w < machine.warps.size(); ++w) {
-    const Warp& warp = machine.warps[w];
+  for (size_t w = 0; w < machine.block->warps.size(); ++w) {
+    const Warp& warp = machine.block->warps[w];
     const std::string of_warp = " of warp " + std::to_string(w);
-    uint32_t rest = warp.meeting;
-    while (rest != 0) {
-      const Call& first = *warp.calls[std::countr_zero(rest)];
-      uint32_t lanes = 0;
-      for (int lane = 0; lane < kWarpSize; ++lane) {
-        if ((rest >> lane & 1u) == 0) continue;
-        const Call& call = *warp.calls[lane];
-        if (call.op == first.op && call.mask == first.mask && call.site == first.site) {
-          lanes |= 1u << lane;
+    /// Those of `lanes` that are as the first one.
+    const auto describe_alike = [&](uint32_t lanes, auto is_alike, auto text_of) {
+      while (lanes != 0) {
+        const int first = std::countr_zero(lanes);
+        uint32_t alike = 0;
+        for (int lane = 0; lane < kWarpSize; ++lane) {
+          if ((lanes >> lane & 1u) != 0 && is_alike(first, lane)) alike |= 1u << lane;
         }
+        lanes &= ~alike;
+        text += "\n  lanes " + hex(alike) + of_warp + " wait in " + text_of(first);
       }
-      rest &= ~lanes;
-      text += "\n  lanes " + hex(lanes) + of_warp + " wait in " + describe(first);
-    }
-    rest = warp.at_barrier;
-    while (rest != 0) {
-      const void* const site = warp.sites[std::countr_zero(rest)];
-      uint32_t lanes = 0;
-      for (int lane = 0; lane < kWarpSize; ++lane) {
-        if ((rest >> lane & 1u) != 0 && warp.sites[lane] == site) lanes |= 1u << lane;
-      }
-      rest &= ~lanes;
-      text += "\n  lanes " + hex(lanes) + of_warp + " wait in __syncthreads, " + place(site);
-    }
-    const uint32_t returned = ~(warp.meeting | warp.at_barrier | warp.runnable);
+    };
+    const auto is_same_site = [&](int x, int y) { return warp.sites[x] == warp.sites[y]; };
+    describe_alike(
+        warp.meeting,
+        [&](int x, int y) {
+          const Call &a = *warp.calls[x], &b = *warp.calls[y];
+          return a.op == b.op && a.mask == b.mask && a.site == b.site;
+        },
+        [&](int lane) { return describe(*warp.calls[lane]); });
+    describe_alike(warp.at_barrier, is_same_site,
+                   [&](int lane) { return "__syncthreads, " + place(warp.sites[lane]); });
+    describe_alike(
+        warp.parked,
+        [&](int x, int y) {
+          const Wait &a = warp.waits[x], &b = warp.waits[y];
+          return a.kind == b.kind && a.at == b.at && a.value == b.value && a.site == b.site;
+        },
+        [&](int lane) { return describe(warp.waits[lane]); });
+    describe_alike(warp.polling, is_same_site, [&](int lane) {
+      return "a loop for a counter of global memory, " + place(warp.sites[lane]);
+    });
+    const uint32_t returned =
+        ~(warp.meeting | warp.at_barrier | warp.parked | warp.polling | warp.runnable);
     if (returned != 0) text += "\n  lanes " + hex(returned) + of_warp + " have returned";
   }
   return text;
@@ -216,14 +244,14 @@ void on_fault(int signal, siginfo_t* info, void*) {
                  place(machine.kernel, false).c_str(), blockIdx.x, gridDim.x, threadIdx.x, signal,
                  info->si_addr);
     const auto at = reinterpret_cast<uintptr_t>(info->si_addr);
-    const auto shared = reinterpret_cast<uintptr_t>(machine.shared);
+    const auto shared = reinterpret_cast<uintptr_t>(machine.block->shared);
     const auto distance = static_cast<int64_t>(at - shared);
     if (distance > -static_cast<int64_t>(kPageBytes) &&
         distance < kMaxSharedBytes + 2 * static_cast<int64_t>(kPageBytes)) {
       std::fprintf(stderr, ", byte %lld of %zu bytes of dynamic shared memory",
                    static_cast<long long>(distance), machine.shared_bytes);
     }
-    for (const Thread& thread : machine.threads) {
+    for (const Thread& thread : machine.block->threads) {
       const auto stack = reinterpret_cast<uintptr_t>(thread.stack);
       if (at < stack && at >= stack - kPageBytes) std::fprintf(stderr, ", stack overflow");
     }
@@ -259,8 +287,9 @@ int pick_lane(uint32_t lanes) {
 }
 
 Thread& thread_at(const Warp& warp, int lane) {
-  return machine.threads[static_cast<size_t>(&warp - machine.warps.data()) * kWarpSize +
-                         static_cast<size_t>(lane)];
+  Block& block = *machine.block;
+  return block.threads[static_cast<size_t>(&warp - block.warps.data()) * kWarpSize +
+                       static_cast<size_t>(lane)];
 }
 
 /// Makes `lane` of the running warp the running thread; returns the stack to switch to.
@@ -268,7 +297,7 @@ void* make_running(int lane) {
   machine.warp->runnable &= ~(1u << lane);
   machine.lane = lane;
   Thread& thread = thread_at(*machine.warp, lane);
-  threadIdx.x = static_cast<unsigned>(&thread - machine.threads.data());
+  threadIdx.x = static_cast<unsigned>(&thread - machine.block->threads.data());
   return thread.stack_pointer;
 }
 
@@ -311,14 +340,24 @@ void run_warp(Warp& warp) {
   sparline_emulator_switch_stack(&machine.scheduler_stack, make_running(pick_lane(warp.runnable)));
 }
 
-void run_block() {
-  std::memset(machine.shared, 0xff, machine.shared_bytes);
-  for (int idx = 0; idx < static_cast<int>(blockDim.x); ++idx) prepare(machine.threads[idx]);
-  for (Warp& warp : machine.warps) {
+void begin(Block& block) {
+  std::memset(block.shared, 0xff, machine.shared_bytes);
+  for (int idx = 0; idx < static_cast<int>(blockDim.x); ++idx) prepare(block.threads[idx]);
+  for (Warp& warp : block.warps) {
     warp = {};
     warp.runnable = 0xffffffffu;
   }
-  const size_t num_warps = machine.warps.size();
+}
+
+enum class Outcome { kEnded, kWaitsForOthers };
+
+/// Runs the block until it has ended, or until its threads wait for other blocks.
+Outcome go_on(Block& block) {
+  machine.block = &block;
+  blockIdx = block.idx;
+  if (std::exchange(block.is_new, false)) begin(block);
+  for (Warp& warp : block.warps) warp.runnable |= std::exchange(warp.polling, 0u);
+  const size_t num_warps = block.warps.size();
   std::vector<size_t> turns(num_warps);
   for (size_t w = 0; w < num_warps; ++w) turns[w] = w;
   if (machine.order == Order::kReverse) std::reverse(turns.begin(), turns.end());
@@ -326,16 +365,84 @@ void run_block() {
     if (machine.order == Order::kRandom) {
       for (size_t w = num_warps; w > 1; --w) std::swap(turns[w - 1], turns[random_number() % w]);
     }
-    bool is_meeting = false, is_at_barrier = false;
     for (const size_t w : turns) {
-      Warp& warp = machine.warps[w];
-      if (warp.runnable != 0) run_warp(warp);
-      is_meeting |= warp.meeting != 0;
-      is_at_barrier |= warp.at_barrier != 0;
+      if (block.warps[w].runnable != 0) run_warp(block.warps[w]);
     }
-    if (is_meeting) fail_in_block("deadlock: these lanes can never meet" + describe_waiting());
-    if (!is_at_barrier) return;
-    for (Warp& warp : machine.warps) warp.runnable = std::exchange(warp.at_barrier, 0u);
+    Warp all;
+    for (const Warp& warp : block.warps) {
+      all.runnable |= warp.runnable;
+      all.meeting |= warp.meeting;
+      all.at_barrier |= warp.at_barrier;
+      all.parked |= warp.parked;
+      all.polling |= warp.polling;
+    }
+    if (all.runnable != 0) continue;
+    const bool is_waiting = (all.meeting | all.parked | all.polling) != 0;
+    if (all.at_barrier != 0 && !is_waiting) {
+      for (Warp& warp : block.warps) warp.runnable = std::exchange(warp.at_barrier, 0u);
+      continue;
+    }
+    bool has_finished_something = false;
+    for (const Instructions& some : machine.instructions) {
+      has_finished_something = has_finished_something || some.finish_something();
+    }
+    if (has_finished_something) {
+      ++machine.progress;
+      continue;
+    }
+    if (all.polling != 0) return Outcome::kWaitsForOthers;
+    if (is_waiting) fail_in_block("deadlock: these lanes wait for ever" + describe_waiting());
+    for (const Instructions& some : machine.instructions) some.end_block();
+    return Outcome::kEnded;
+  }
+}
+
+std::unique_ptr<Block> take_block(uint3 idx) {
+  std::unique_ptr<Block> block;
+  if (machine.idle.empty()) {
+    block = std::make_unique<Block>();
+    block->shared_pages = guarded_pages(kSharedPagesBytes);
+  } else {
+    block = std::move(machine.idle.back());
+    machine.idle.pop_back();
+  }
+  const size_t num_threads = blockDim.x;
+  block->threads.resize(std::max(block->threads.size(), num_threads));
+  block->warps.resize(num_threads / kWarpSize);
+  // Up to the page that cannot be touched, as near as alignment to 512 bytes lets it.
+  block->shared = block->shared_pages + (kSharedPagesBytes - machine.shared_bytes) / 512 * 512;
+  block->idx = idx;
+  block->is_new = true;
+  return block;
+}
+
+/// Blocks one after another; beside each other where one waits for what another one counts.
+void run_blocks(int64_t num_blocks, int64_t start) {
+  constexpr int kMostIdleRounds = 1000;
+  int num_idle_rounds = 0;
+  for (int64_t idx = 0; idx < num_blocks || !machine.live.empty();) {
+    const uint64_t progress = machine.progress;
+    std::erase_if(machine.live, [&](std::unique_ptr<Block>& block) {
+      if (go_on(*block) == Outcome::kWaitsForOthers) return false;
+      ++machine.progress;
+      machine.idle.push_back(std::move(block));
+      return true;
+    });
+    num_idle_rounds = machine.progress == progress ? num_idle_rounds + 1 : 0;
+    if (!machine.live.empty() && num_idle_rounds == 0) continue;
+    if (idx < num_blocks) {
+      if (machine.live.size() == kNumMultiprocessors) {
+        fail_in_block("deadlock: blocks wait for others that have no room beside them" +
+                      describe_waiting());
+      }
+      const int64_t block =
+          machine.order == Order::kReverse ? num_blocks - 1 - idx : (start + idx) % num_blocks;
+      ++idx;
+      machine.live.push_back(take_block({static_cast<unsigned>(block), 0, 0}));
+      num_idle_rounds = 0;
+    } else if (num_idle_rounds > kMostIdleRounds) {
+      fail_in_block("deadlock: all blocks wait for each other" + describe_waiting());
+    }
   }
 }
 
@@ -480,6 +587,11 @@ void carry_out(const Warp& warp, uint32_t mask, Op op) {
   }();
   switch (op) {
     case Op::kSyncWarp: return;
+    case Op::kTogether: {
+      const Call& call = *warp.calls[machine.lane];
+      if (call.action != nullptr) call.action(call.value);
+      return;
+    }
     case Op::kShuffle:
     case Op::kShuffleUp:
     case Op::kShuffleDown:
@@ -506,12 +618,12 @@ void check_shared(const void* address, size_t bytes, const char* what) {
     fail(std::string(what) + ": the shared address " + hex(reinterpret_cast<uintptr_t>(at)) +
          " is not a multiple of " + std::to_string(bytes));
   }
-  const bool is_dynamic =
-      at >= machine.shared && at + bytes <= machine.shared + machine.shared_bytes;
+  const unsigned char* const shared = machine.block->shared;
+  const bool is_dynamic = at >= shared && at + bytes <= shared + machine.shared_bytes;
   const bool is_static = at >= reinterpret_cast<unsigned char*>(&__data_start) &&
                          at + bytes <= reinterpret_cast<unsigned char*>(&_end);
   if (!is_dynamic && !is_static) {
-    fail(std::string(what) + ": byte " + std::to_string(at - machine.shared) + " is not in the " +
+    fail(std::string(what) + ": byte " + std::to_string(at - shared) + " is not in the " +
          std::to_string(machine.shared_bytes) + " bytes of dynamic shared memory");
   }
 }
@@ -538,7 +650,7 @@ void order_from_environment() {
 void meet(Call& call) {
   Warp& warp = *machine.warp;
   const int lane = machine.lane;
-  call.site = __builtin_return_address(0);
+  if (call.site == nullptr) call.site = __builtin_return_address(0);
   if ((call.mask >> lane & 1u) == 0) {
     fail("lane " + std::to_string(lane) + " is not in its own mask: " + describe(call));
   }
@@ -549,7 +661,8 @@ void meet(Call& call) {
     for (int other = 0; other < kWarpSize; ++other) {
       if ((call.mask >> other & 1u) == 0) continue;
       const Call& theirs = *warp.calls[other];
-      if (theirs.op != call.op || theirs.mask != call.mask) {
+      if (theirs.op != call.op || theirs.mask != call.mask || theirs.what != call.what ||
+          (call.op == Op::kTogether && theirs.value != call.value)) {
         fail("lanes meet in different collectives: lane " + std::to_string(lane) + " in " +
              describe(call) + "; lane " + std::to_string(other) + " in " + describe(theirs));
       }
@@ -594,7 +707,63 @@ void wait_for_copies(int num_pending_groups) {
   me.copies.erase(me.copies.begin(), copy);
 }
 
-unsigned char* dynamic_shared() { return machine.shared; }
+unsigned char* dynamic_shared() { return machine.block->shared; }
+size_t dynamic_shared_bytes() { return machine.shared_bytes; }
+
+void park(const Wait& wait) {
+  Warp& warp = *machine.warp;
+  warp.waits[machine.lane] = wait;
+  warp.parked |= 1u << machine.lane;
+  yield();
+}
+
+void wake(const std::function<bool(const Wait&, int)>& is_over) {
+  int first = 0;
+  for (Warp& warp : machine.block->warps) {
+    for (uint32_t rest = warp.parked; rest != 0; rest &= rest - 1) {
+      const int lane = std::countr_zero(rest);
+      if (!is_over(warp.waits[lane], first + lane)) continue;
+      warp.parked &= ~(1u << lane);
+      warp.runnable |= 1u << lane;
+    }
+    first += kWarpSize;
+  }
+}
+
+std::vector<Waiting> waiting() {
+  std::vector<Waiting> all;
+  int first = 0;
+  for (const Warp& warp : machine.block->warps) {
+    for (uint32_t rest = warp.parked; rest != 0; rest &= rest - 1) {
+      const int lane = std::countr_zero(rest);
+      all.push_back({&warp.waits[lane], first + lane});
+    }
+    first += kWarpSize;
+  }
+  return all;
+}
+
+void let_others_go_on(const void* site) {
+  Warp& warp = *machine.warp;
+  warp.sites[machine.lane] = site;
+  warp.polling |= 1u << machine.lane;
+  yield();
+}
+
+void note_progress() { ++machine.progress; }
+
+void add_instructions(const Instructions& instructions) {
+  machine.instructions.push_back(instructions);
+}
+
+Order order() { return machine.order; }
+
+uint64_t random_number() {  // splitmix64
+  uint64_t x = machine.random_state += 0x9e3779b97f4a7c15u;
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+  return x ^ x >> 31;
+}
 
 namespace {
 int emulated_arch = 80;
@@ -604,6 +773,10 @@ int arch() { return emulated_arch; }
 
 void fail(const std::string& message) {
   fail_in_block("thread " + std::to_string(threadIdx.x) + ": " + message);
+}
+
+void fail_at(const std::string& message, const void* site) {
+  fail_in_block(site == nullptr ? message : message + ": " + place(site));
 }
 
 // The host's side ---------------------------------------------------------------------------------
@@ -628,7 +801,6 @@ void run(const void* kernel, int64_t blocks, int threads, int64_t shared_bytes,
   }
   static const bool is_ready = [] {
     if (!machine.is_order_set) order_from_environment();
-    machine.shared_pages = guarded_pages(kSharedPagesBytes);
     static std::array<unsigned char, 64 * 1024> stack;
     const stack_t alternative{.ss_sp = stack.data(), .ss_flags = 0, .ss_size = stack.size()};
     sigaltstack(&alternative, nullptr);
@@ -644,21 +816,12 @@ void run(const void* kernel, int64_t blocks, int threads, int64_t shared_bytes,
   machine.kernel = kernel;
   machine.thread_function = thread;
   machine.context = context;
-  machine.threads.resize(std::max(machine.threads.size(), static_cast<size_t>(threads)));
-  machine.warps.resize(static_cast<size_t>(threads / kWarpSize));
   machine.shared_bytes = static_cast<size_t>(shared_bytes);
-  // Up to the page that cannot be touched, as near as alignment to 512 bytes lets it.
-  machine.shared = machine.shared_pages + (kSharedPagesBytes - machine.shared_bytes) / 512 * 512;
   blockDim = dim3(static_cast<unsigned>(threads));
   gridDim = dim3(static_cast<unsigned>(blocks));
   const int64_t start =
       machine.order == Order::kRandom ? static_cast<int64_t>(random_number() % blocks) : 0;
-  for (int64_t idx = 0; idx < blocks; ++idx) {
-    const int64_t block =
-        machine.order == Order::kReverse ? blocks - 1 - idx : (start + idx) % blocks;
-    blockIdx = {static_cast<unsigned>(block), 0, 0};
-    run_block();
-  }
+  run_blocks(blocks, start);
   machine.kernel = nullptr;
 }
 

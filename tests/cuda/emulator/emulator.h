@@ -22,11 +22,13 @@
 //   - A block starts with dynamic shared memory full of 0xff bytes: NaN as bf16, fp16 and float32.
 //   - cp.async reads its source at once, fills its destination with 0xff and delivers at the
 //     cp_async_wait that covers its group.
-//   - A warp runs until all its lanes are at a barrier or have returned, lanes one after another
-//     until they meet. SPARLINE_EMULATOR_ORDER=forward, reverse or a number (the seed of random
-//     orders) picks the order of blocks, warps and lanes: a result that depends on it lacks a
-//     __syncthreads or __syncwarp.
-// Static __shared__ arrays become static variables: they keep their values from block to block.
+//   - A warp runs until all its lanes are at a barrier, wait for something else or have returned,
+//     lanes one after another until they meet. SPARLINE_EMULATOR_ORDER=forward, reverse or a number
+//     (the seed of random orders) picks the order of blocks, warps and lanes: a result that depends
+//     on it lacks a __syncthreads or __syncwarp.
+// A block runs to its end before the next one begins, but for blocks that wait for counters in
+// global memory (hopper.h): the next one then begins beside it. Static __shared__ arrays become
+// static variables: they keep their values from block to block, and blocks side by side share them.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -42,11 +44,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "sparline/error.h"
 
@@ -97,6 +101,7 @@ enum class Op {
   kMmaFp16,
   kMmaInt8,
   kMmaE4m3,
+  kTogether,
 };
 
 /// What one lane brings to a warp collective, and takes away.
@@ -111,6 +116,10 @@ struct Call {
   const uint32_t* a = nullptr;
   uint32_t b[2] = {0, 0};
   void* d = nullptr;  // mma: in and out; ldmatrix: out
+  // Something of one of the instruction sets beside this file's: all lanes bring the same `what`
+  // and `value`, and the last one does it.
+  const char* what = nullptr;
+  void (*action)(uint64_t value) = nullptr;
   const void* site = nullptr;
 };
 
@@ -125,6 +134,43 @@ void wait_for_copies(int num_pending_groups);
 unsigned char* dynamic_shared();
 /// Prints where the running thread is, and aborts.
 [[noreturn]] void fail(const std::string& message);
+/// Of something that began at a return address, and of no thread that runs.
+[[noreturn]] void fail_at(const std::string& message, const void* site);
+
+// For instructions that wait for more than the lanes of a warp (hopper.cpp).
+
+/// What a thread waits for.
+struct Wait {
+  int kind;
+  const void* at = nullptr;
+  uint64_t value = 0;
+  const void* site = nullptr;
+};
+/// Until another thread or the instructions wake it.
+void park(const Wait& wait);
+/// Lets threads of the block go on that wait for something that `is_over`.
+void wake(const std::function<bool(const Wait&, int thread)>& is_over);
+/// Until no other thread of the block can go on, and the other blocks had their turn.
+void let_others_go_on(const void* site);
+/// Something has happened that a thread of another block may wait for.
+void note_progress();
+
+/// The threads of the block that wait.
+struct Waiting {
+  const Wait* wait;
+  int thread;
+};
+std::vector<Waiting> waiting();
+
+/// Called by the scheduler, on its own stack.
+struct Instructions {
+  void (*end_block)();
+  /// No thread of the block can go on: makes one thing happen that hardware does by itself, and
+  /// wakes who waited for it. False if nothing is under way.
+  bool (*finish_something)();
+  std::string (*describe)(const Wait& wait);
+};
+void add_instructions(const Instructions& instructions);
 
 /// Of the emulated device, for the launches that follow: 80, or 90 for Hopper's own kernels.
 void set_arch(int arch);
@@ -135,6 +181,10 @@ inline constexpr int kNumMultiprocessors = 3;
 enum class Order { kForward, kReverse, kRandom };
 /// For the launches that follow; first, the environment decides.
 void set_order(Order order, uint64_t seed = 0);
+Order order();
+uint64_t random_number();
+/// Of the running block.
+size_t dynamic_shared_bytes();
 
 /// Runs `thread(context)` in every thread of the grid.
 void run(const void* kernel, int64_t blocks, int threads, int64_t shared_bytes,

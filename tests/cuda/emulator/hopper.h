@@ -1,23 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Hopper's own instructions under the emulator: every name of cuda/sm90/ptx.cuh, which includes
-// this file in its place. What it checks, beside what emulator.h does:
-//   - Barriers that are waited for in vain, arrivals that a barrier does not expect, copies that do
-//     not lie as the copy engine wants them, products that nobody waited for.
+// this file in its place, and what kernels there may need next (bulk copies, products of two
+// operands in shared memory, counters between blocks). What it checks, beside what emulator.h does,
+// naming the thread and the line:
+//   - Deadlocks: a barrier whose phase never ends, with what it misses; named barriers that too few
+//     warps reach; counters that nobody counts up; more blocks that wait for each other than
+//     multiprocessors (kNumMultiprocessors).
+//   - Barriers that were not initialised, not made known, initialised twice or overwritten;
+//     arrivals that a barrier does not expect; threads that do not agree on a named barrier.
+//   - Whole warps at wgmma_*, elect_one, named barriers and setmaxnreg, whole warpgroups with the
+//     same operands at products; registers that the multiprocessor does not have.
+//   - Products: shared memory that changes while they read it, registers of D that are written
+//     meanwhile, no wgmma_fence since the last wait, addresses outside of shared memory.
+//   - A block that ends with copies or products under way.
 // And what makes wrong kernels give wrong results:
-//   - A copy fills its destination with 0xff at once, and reads its source and delivers only when a
-//     thread that waits for its barrier has nothing else to wait for.
-//   - A product takes A when it starts; B it reads, and D it writes, in the wgmma_wait that covers
-//     its group: a tile given back before that is the next tile, or 0xff.
+//   - What hardware does by itself happens as late as it may, one thing after another when no
+//   thread
+//     of the block can go on: all copies to one barrier for which a thread waits, or the products
+//     for which a warp waits. In the order `reverse` products come first, at random either.
+//   - A copy fills its destination with 0xff at once. It reads its source when it delivers.
+//   - A product takes A from registers when it starts. It reads shared memory when it is waited
+//   for;
+//     D is NaN from its start until each warp has waited.
+//   - elect_one picks lane 31 in the order `reverse`, any lane at random.
+// Not seen: a missing fence_async, memory orders, and what ptxas makes of registers.
+//
 // Offsets within dynamic shared memory stand for its addresses, as if it began at a multiple of
 // 1024.
 #pragma once
 
 #include <cuda.h>
-
-#include <array>
-#include <cstring>
-#include <vector>
 
 #include "cuda/common/platform.cuh"
 
@@ -27,180 +40,32 @@ namespace sparline::cuda {
 
 using Barrier = uint64_t;
 
-namespace emulator {
+void init(Barrier& barrier, uint32_t num_arrivals);
+void fence_barrier_init();
+void arrive(Barrier& barrier);
+void arrive_expecting(Barrier& barrier, uint32_t bytes);
+void wait(Barrier& barrier, uint32_t parity);
+void sync_named(int idx, int num_threads);
+void arrive_named(int idx, int num_threads);
 
-/// What a Barrier holds.
-struct BarrierState {
-  uint16_t num_arrivals;      // of a phase
-  uint16_t num_missing : 15;  // in this one
-  uint16_t parity : 1;
-  int32_t missing_bytes;
-};
-static_assert(sizeof(BarrierState) == sizeof(Barrier));
-
-/// A box on its way: rows of 128 bytes.
-struct Box {
-  Barrier* barrier;
-  unsigned char* to;
-  const unsigned char* from;
-  int64_t row_stride_bytes;
-  int32_t num_rows;
-  int32_t first, end;  // rows of it that the tensor has
-};
-
-inline std::vector<Box> boxes;
-inline int64_t num_boxes = 0;  // since the program began: whether Hopper's kernels ran
-
-inline void change(Barrier& barrier, int num_arrivals, int bytes) {
-  auto state = std::bit_cast<BarrierState>(barrier);
-  if (num_arrivals > state.num_missing) fail("mbarrier: an arrival that it does not expect");
-  state.num_missing = static_cast<uint16_t>(state.num_missing - num_arrivals);
-  state.missing_bytes += bytes;
-  if (state.num_missing == 0 && state.missing_bytes == 0) {
-    state.num_missing = state.num_arrivals;
-    state.parity ^= 1;
-  }
-  barrier = std::bit_cast<Barrier>(state);
-}
-
-inline bool has_ended(Barrier barrier, uint32_t parity) {
-  return std::bit_cast<BarrierState>(barrier).parity != parity;
-}
-
-inline void deliver(const Box& box) {
-  for (int r = 0; r < box.num_rows; ++r) {
-    for (int chunk = 0; chunk < 8; ++chunk) {
-      unsigned char* const to = box.to + r * 128 + (chunk ^ r % 8) * 16;
-      if (r >= box.first && r < box.end) {
-        std::memcpy(to, box.from + r * box.row_stride_bytes + chunk * 16, 16);
-      } else {
-        std::memset(to, 0, 16);
-      }
-    }
-  }
-  change(*box.barrier, 0, -box.num_rows * 128);
-}
-/// All boxes of a barrier, so that the lanes of a warp that wait for it go on together.
-inline void deliver(const Barrier& barrier) {
-  std::vector<Box> others;
-  for (const Box& box : boxes) {
-    if (box.barrier == &barrier) {
-      deliver(box);
-    } else {
-      others.push_back(box);
-    }
-  }
-  boxes = std::move(others);
-}
-
-/// Waits, with all threads of the block, until `is_done()`.
-template <class IsDone, class Help>
-void poll(const char* what, IsDone is_done, Help help) {
-  constexpr int kMostPolls = 20'000;
-  for (int n = 0; !is_done(); ++n) {
-    if (n == kMostPolls) fail(std::string("deadlock: waits for ever at ") + what);
-    if (n > 0) help();
-    if (!is_done()) barrier();
-  }
-}
-
-// Products ---------------------------------------------------------------------------------------
-
-/// One lane's part of a product: two rows of D.
-struct Product {
-  float* d;
-  std::array<std::array<float, 16>, 2> a;
-  uint32_t b, column_stride;  // bytes
-  int num_columns;
-  bool is_transposed, adds, is_bf16;
-};
-/// Of a thread: groups that are under way, the last one not yet committed.
-struct Products {
-  std::vector<std::vector<Product>> groups{1};
-};
-inline std::array<Products, 1024> products;
-
-inline float to_float(uint32_t bits, bool is_bf16) {
-  if (is_bf16) return std::bit_cast<float>(bits << 16);
-  return __half2float(std::bit_cast<__half>(static_cast<uint16_t>(bits)));
-}
-
-inline void finish(const Product& p) {
-  const auto lane = static_cast<int>(threadIdx.x % 32);
-  for (int n = 0; n < p.num_columns / 4; ++n) {
-    const int column = n / 2 * 8 + lane % 4 * 2 + n % 2;
-    float sums[2] = {0.0f, 0.0f};
-    for (int k = 0; k < 16; ++k) {
-      uint32_t at = p.is_transposed
-                        ? p.b + k * 128 + column / 64 * p.column_stride + column % 64 * 2
-                        : p.b + column * 128 + k * 2;
-      at ^= (at >> 7 & 7) << 4;
-      uint16_t bits = 0;
-      std::memcpy(&bits, dynamic_shared() + at, sizeof(bits));
-      const float b = to_float(bits, p.is_bf16);
-      for (int half = 0; half < 2; ++half) sums[half] += p.a[half][k] * b;
-    }
-    for (int half = 0; half < 2; ++half) {
-      float& d = p.d[n / 2 * 4 + half * 2 + n % 2];
-      d = p.adds ? d + sums[half] : sums[half];
-    }
-  }
-}
-
-}  // namespace emulator
-
-inline void init(Barrier& barrier, uint32_t num_arrivals) {
-  std::erase_if(emulator::boxes, [&](const emulator::Box& box) { return box.barrier == &barrier; });
-  for (emulator::Products& own : emulator::products) {
-    if (own.groups.size() > 1 || !own.groups.back().empty()) {
-      emulator::fail("wgmma: a block has ended without waiting for its products");
-    }
-  }
-  const auto count = static_cast<uint16_t>(num_arrivals);
-  barrier = std::bit_cast<Barrier>(emulator::BarrierState{count, count, 0, 0});
-}
-inline void fence_barrier_init() {}
-inline void arrive(Barrier& barrier) { emulator::change(barrier, 1, 0); }
-inline void arrive_expecting(Barrier& barrier, uint32_t bytes) {
-  emulator::change(barrier, 1, static_cast<int>(bytes));
-}
-inline void wait(Barrier& barrier, uint32_t parity) {
-  emulator::poll(
-      "an mbarrier", [&] { return emulator::has_ended(barrier, parity); },
-      [&] { emulator::deliver(barrier); });
-}
+// Registers and lanes -----------------------------------------------------------------------------
 
 namespace emulator {
-struct NamedBarrier {
-  int num_arrived = 0;
-  uint32_t num_phases = 0;
-};
-inline std::array<NamedBarrier, 16> named_barriers;
-}  // namespace emulator
-
-inline void arrive_named(int idx, int num_threads) {
-  emulator::NamedBarrier& own = emulator::named_barriers[static_cast<size_t>(idx)];
-  if (++own.num_arrived == num_threads) {
-    own.num_arrived = 0;
-    ++own.num_phases;
-  }
+void set_registers(bool takes, int num_registers);
 }
-inline void sync_named(int idx, int num_threads) {
-  emulator::NamedBarrier& own = emulator::named_barriers[static_cast<size_t>(idx)];
-  const uint32_t phase = own.num_phases;
-  arrive_named(idx, num_threads);
-  emulator::barrier();  // so that all lanes of a warp have arrived before one goes on
-  emulator::poll("a named barrier", [&] { return own.num_phases != phase; }, [] {});
+template <int kRegisters>
+__forceinline__ void give_back_registers() {
+  static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0);
+  emulator::set_registers(false, kRegisters);
 }
-
-// Registers, lanes, copies ------------------------------------------------------------------------
-
 template <int kRegisters>
-void give_back_registers() {}
-template <int kRegisters>
-void take_registers() {}
+__forceinline__ void take_registers() {
+  static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0);
+  emulator::set_registers(true, kRegisters);
+}
+bool elect_one();
 
-inline bool elect_one() { return threadIdx.x % 32 == 0; }
+// The copy engine ---------------------------------------------------------------------------------
 
 /// What encode_rows puts into a CUtensorMap here: sizes and strides in elements of 2 bytes.
 struct EmulatedTensorMap {
@@ -210,75 +75,83 @@ struct EmulatedTensorMap {
 };
 static_assert(sizeof(EmulatedTensorMap) <= sizeof(CUtensorMap));
 
-inline void load_box(void* shared, const CUtensorMap& encoded, Barrier& barrier, int32_t d,
-                     int32_t n, int32_t h, int32_t b) {
-  EmulatedTensorMap map;
-  std::memcpy(&map, &encoded, sizeof(map));
-  auto* const to = static_cast<unsigned char*>(shared);
-  if ((to - emulator::dynamic_shared()) % 1024 != 0) {
-    emulator::fail("load_box: the box must lie at a multiple of 1024 bytes");
-  }
-  if (d < 0 || d + 64 > map.sizes[0] || h < 0 || h >= map.sizes[2] || b < 0 || b >= map.sizes[3]) {
-    emulator::fail("load_box: a box outside of its tensor");
-  }
-  const int64_t first = d + n * map.strides[1] + h * map.strides[2] + b * map.strides[3];
-  const auto end = static_cast<int32_t>(map.sizes[1] - n);
-  emulator::boxes.push_back({.barrier = &barrier,
-                             .to = to,
-                             .from = map.data + first * 2,
-                             .row_stride_bytes = map.strides[1] * 2,
-                             .num_rows = map.box_rows,
-                             .first = -n,
-                             .end = end});
-  ++emulator::num_boxes;
-  std::memset(to, 0xff, static_cast<size_t>(map.box_rows) * 128);
+namespace emulator {
+extern int64_t num_boxes;  // since the program began: whether Hopper's kernels ran
 }
+void load_box(void* shared, const CUtensorMap& map, Barrier& barrier, int32_t d, int32_t n,
+              int32_t h, int32_t b);
+/// Of data that is read once: a hint.
+__forceinline__ void load_box_once(void* shared, const CUtensorMap& map, Barrier& barrier,
+                                   int32_t d, int32_t n, int32_t h, int32_t b) {
+  load_box(shared, map, barrier, d, n, h, b);
+}
+/// `bytes` bytes, a multiple of 16 at multiples of 16.
+void load_bytes(void* shared, const void* global, uint32_t bytes, Barrier& barrier);
+inline void fence_async() {}
+
+// Counters in global memory -----------------------------------------------------------------------
+
+void count_up(uint32_t* counter);
+/// Lets all others go on first: it is read in loops.
+uint32_t count_of(const uint32_t* counter);
+void wait_for_count(const uint32_t* counter, uint32_t count);
 
 // Products of a warpgroup -------------------------------------------------------------------------
 
-inline void wgmma_fence() { __syncwarp(); }
-inline void wgmma_commit() { emulator::products[threadIdx.x].groups.emplace_back(); }
+void wgmma_fence();
+void wgmma_commit();
+namespace emulator {
+void wait_for_products(int num_pending_groups);
+
+/// What a thread brings to a product.
+struct WgmmaCall {
+  float* d;
+  const uint32_t* a;  // of this thread; null: in shared memory
+  uint32_t a_descriptor, b_descriptor;
+  int num_columns;
+  bool is_a_transposed, is_b_transposed, adds, is_bf16;
+  const void* site = nullptr;
+};
+void start_product(WgmmaCall call);
+}  // namespace emulator
 
 template <int kPending>
-void wgmma_wait() {
-  // Time for the others to fill slots that were given back too early.
-  for (int n = 0; n < 4; ++n) emulator::barrier();
-  auto& groups = emulator::products[threadIdx.x].groups;
-  while (groups.size() > kPending + 1) {
-    for (const emulator::Product& product : groups.front()) emulator::finish(product);
-    groups.erase(groups.begin());
-  }
-  __syncwarp();
+__forceinline__ void wgmma_wait() {
+  emulator::wait_for_products(kPending);
 }
 
-inline uint32_t matrix_descriptor(SharedAddress address, uint32_t column_stride_bytes) {
-  const auto base = reinterpret_cast<SharedAddress>(emulator::dynamic_shared());
-  return column_stride_bytes >> 4 << 16 | static_cast<uint32_t>(address - base) >> 4;
-}
+uint32_t matrix_descriptor(SharedAddress address, uint32_t column_stride_bytes);
 
 template <class T, int kColumns, bool kIsTransposed, int kSize>
-void wgmma(float (&d)[kSize], const uint32_t* a, uint32_t descriptor, int adds) {
+__forceinline__ void wgmma(float (&d)[kSize], const uint32_t* a, uint32_t descriptor, int adds) {
   static_assert(kColumns == 64 || kColumns == 128);
   static_assert(kSize >= kColumns / 2);
-  constexpr bool kIsBf16 = std::is_same_v<T, bf16>;
-  emulator::Product product{.d = d,
-                            .a = {},
-                            .b = (descriptor & 0xffff) * 16,
-                            .column_stride = (descriptor >> 16) * 16,
-                            .num_columns = kColumns,
-                            .is_transposed = kIsTransposed,
-                            .adds = adds != 0,
-                            .is_bf16 = kIsBf16};
-  const auto group = static_cast<int>(threadIdx.x % 32 / 4);
-  for (int lane = 0; lane < 4; ++lane) {
-    for (int n = 0; n < 4; ++n) {
-      const uint32_t pair = __shfl_sync(0xffffffffu, a[n], group * 4 + lane);
-      float* const to = product.a[n % 2].data() + n / 2 * 8 + lane * 2;
-      to[0] = emulator::to_float(pair & 0xffff, kIsBf16);
-      to[1] = emulator::to_float(pair >> 16, kIsBf16);
-    }
-  }
-  emulator::products[threadIdx.x].groups.back().push_back(product);
+  emulator::start_product({.d = d,
+                           .a = a,
+                           .a_descriptor = 0,
+                           .b_descriptor = descriptor,
+                           .num_columns = kColumns,
+                           .is_a_transposed = false,
+                           .is_b_transposed = kIsTransposed,
+                           .adds = adds != 0,
+                           .is_bf16 = std::is_same_v<T, bf16>});
+}
+/// With A in shared memory as well: the 64 rows at its descriptor, or with kIsATransposed A^T the
+/// 16 rows.
+template <class T, int kColumns, bool kIsATransposed, bool kIsBTransposed, int kSize>
+__forceinline__ void wgmma_shared(float (&d)[kSize], uint32_t a_descriptor, uint32_t b_descriptor,
+                                  int adds) {
+  static_assert(kColumns == 64 || kColumns == 128);
+  static_assert(kSize >= kColumns / 2);
+  emulator::start_product({.d = d,
+                           .a = nullptr,
+                           .a_descriptor = a_descriptor,
+                           .b_descriptor = b_descriptor,
+                           .num_columns = kColumns,
+                           .is_a_transposed = kIsATransposed,
+                           .is_b_transposed = kIsBTransposed,
+                           .adds = adds != 0,
+                           .is_bf16 = std::is_same_v<T, bf16>});
 }
 
 }  // namespace sparline::cuda
