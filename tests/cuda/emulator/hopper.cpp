@@ -293,7 +293,7 @@ void carry_out(Product& p) {
   }
 }
 
-constexpr uint32_t kPoison = 0x7fc5a5a5;  // NaN
+constexpr uint32_t kPoison = 0x7f85a5a5;  // a signalling NaN: any arithmetic changes it
 
 Accumulator* find(std::vector<Accumulator>& all, const float* d) {
   for (Accumulator& own : all) {
@@ -498,6 +498,7 @@ std::string describe(const Wait& wait) {
 
 /// All lanes of a warp arrive; the number of the phase that they arrived in.
 uint64_t arrive_whole_warp(const char* what, int idx, int num_threads, const void* site) {
+  constexpr uint64_t kIndex = 10'000;  // 10256: barrier 1 of 256 threads
   if (idx < 1 || idx > 15 || num_threads <= 0 || num_threads % kWarpSize != 0) {
     fail(std::string(what) + ": barrier " + std::to_string(idx) + " of " +
          std::to_string(num_threads) + " threads: 1 to 15, whole warps");
@@ -505,10 +506,10 @@ uint64_t arrive_whole_warp(const char* what, int idx, int num_threads, const voi
   NamedBarrier& barrier = state().named_barriers[static_cast<size_t>(idx)];
   const uint64_t phase = barrier.num_phases;
   const auto action = [](uint64_t value) {
-    NamedBarrier& own = state().named_barriers[value >> 32];
-    const int num_threads = static_cast<int>(value & 0xffffffffu);
+    NamedBarrier& own = state().named_barriers[value / kIndex];
+    const int num_threads = static_cast<int>(value % kIndex);
     if (own.num_arrived != 0 && own.num_threads != num_threads) {
-      fail("named barrier " + std::to_string(value >> 32) + ": some threads say it has " +
+      fail("named barrier " + std::to_string(value / kIndex) + ": some threads say it has " +
            std::to_string(own.num_threads) + " of them, some " + std::to_string(num_threads));
     }
     own.num_threads = num_threads;
@@ -520,7 +521,7 @@ uint64_t arrive_whole_warp(const char* what, int idx, int num_threads, const voi
       return wait.kind == kNamedBarrier && wait.at == &own && wait.value == ended;
     });
   };
-  meet_whole_warp(what, static_cast<uint64_t>(idx) << 32 | static_cast<uint32_t>(num_threads),
+  meet_whole_warp(what, static_cast<uint64_t>(idx) * kIndex + static_cast<uint64_t>(num_threads),
                   action, site);
   return phase;
 }
