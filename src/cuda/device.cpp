@@ -15,7 +15,7 @@ std::string why_no_device() { return "emulated"; }
 
 int device_arch(int) { return 0; }
 
-CurrentDevice current_device() { return {emulator::arch(), emulator::kNumMultiprocessors}; }
+CurrentDevice current_device() { return {emulator::arch(), emulator::num_multiprocessors()}; }
 
 void clear(void* data, int64_t bytes, void*) { std::memset(data, 0, static_cast<size_t>(bytes)); }
 

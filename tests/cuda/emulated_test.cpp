@@ -190,8 +190,10 @@ TEST(Oracle, FastSizes) {
 
 /// Hopper's kernels for as long as it lives.
 struct OnHopper {
-  OnHopper() { cuda::emulator::set_arch(90); }
-  ~OnHopper() { cuda::emulator::set_arch(80); }
+  explicit OnHopper(int num_multiprocessors = 3) {
+    cuda::emulator::set_device(90, num_multiprocessors);
+  }
+  ~OnHopper() { cuda::emulator::set_device(80); }
 };
 
 /// A random case that Hopper's forward serves.
@@ -213,9 +215,9 @@ Case hopper_case(uint64_t seed) {
 }
 
 TEST(Hopper, RandomCases) {
-  const OnHopper on_hopper;
   int64_t num_served = 0;
   for (uint64_t seed = 4000; seed < 4000 + num_cases(24); ++seed) {
+    const OnHopper on_hopper(1 + static_cast<int>(seed % 3));
     const int64_t before = cuda::emulator::num_boxes;
     check_case(hopper_case(seed));
     num_served += cuda::emulator::num_boxes > before;
@@ -223,8 +225,9 @@ TEST(Hopper, RandomCases) {
   EXPECT_GT(num_served, static_cast<int64_t>(num_cases(24)) * 3 / 4);
 }
 
+/// All tiles of a block in one stream, several times around the slots.
 TEST(Hopper, SizesThatItIsMadeFor) {
-  const OnHopper on_hopper;
+  const OnHopper on_hopper(1);
   for (const DType dtype : {DType::kBF16, DType::kF16}) {
     for (const int64_t dim : {64, 128}) {
       for (const Combine combine : {Combine::kSparse, Combine::kProjection}) {

@@ -177,6 +177,8 @@ TEST(HopperCopies, AreSwizzledAndEndWithZeros) {
   }
 }
 
+constexpr int kBlocks = 3;  // that have room beside each other
+
 /// Block n waits for n counts of the others, in one of the two ways.
 __global__ void counting_kernel(uint32_t* counter, uint32_t* out) {
   const bool is_second = blockIdx.x % 2 != 0;
@@ -199,9 +201,8 @@ TEST(HopperCounters, BlocksWaitForEachOther) {
   for (const Order order : {Order::kForward, Order::kReverse, Order::kRandom}) {
     emulator::set_order(order, 3);
     uint32_t counter = 0;
-    std::vector<uint32_t> out(emulator::kNumMultiprocessors);
-    launch(counting_kernel, {.blocks = emulator::kNumMultiprocessors, .threads = 64}, nullptr,
-           &counter, out.data());
+    std::vector<uint32_t> out(kBlocks);
+    launch(counting_kernel, {.blocks = kBlocks, .threads = 64}, nullptr, &counter, out.data());
     emulator::set_order(Order::kForward);
     for (uint32_t n = 0; n < out.size(); ++n) EXPECT_EQ(out[n], n);
   }
@@ -213,8 +214,7 @@ TEST(HopperCountersDeathTest, BlocksThatHaveNoRoom) {
     emulator::set_order(Order::kReverse);
     launch(counting_kernel, {.blocks = blocks, .threads = 64}, nullptr, &counter, out.data());
   };
-  EXPECT_DEATH(run(emulator::kNumMultiprocessors + 1),
-               "deadlock: blocks wait for others that have");
+  EXPECT_DEATH(run(kBlocks + 1), "deadlock: blocks wait for others that have");
   counter = static_cast<uint32_t>(-1000);
   EXPECT_NO_FATAL_FAILURE(run(1));
 }

@@ -431,7 +431,7 @@ void run_blocks(int64_t num_blocks, int64_t start) {
     num_idle_rounds = machine.progress == progress ? num_idle_rounds + 1 : 0;
     if (!machine.live.empty() && num_idle_rounds == 0) continue;
     if (idx < num_blocks) {
-      if (machine.live.size() == kNumMultiprocessors) {
+      if (machine.live.size() == static_cast<size_t>(num_multiprocessors())) {
         fail_in_block("deadlock: blocks wait for others that have no room beside them" +
                       describe_waiting());
       }
@@ -598,8 +598,10 @@ void carry_out(const Warp& warp, uint32_t mask, Op op) {
     case Op::kShuffleXor: return shuffle_lanes(warp, mask, op);
     case Op::kLdmatrix: return load_matrices(warp, false);
     case Op::kLdmatrixTrans: return load_matrices(warp, true);
-    case Op::kMmaBf16: return multiply_warp<float, 16>(warp, bf16_to_float);
-    case Op::kMmaFp16: return multiply_warp<float, 16>(warp, fp16_to_float);
+    case Op::kMmaBf16:
+      return multiply_warp<float, 16>(warp, [](uint32_t bits) { return bf16_to_float(bits); });
+    case Op::kMmaFp16:
+      return multiply_warp<float, 16>(warp, [](uint32_t bits) { return fp16_to_float(bits); });
     case Op::kMmaInt8:
       return multiply_warp<int32_t, 32>(
           warp, [](uint32_t bits) { return static_cast<int32_t>(static_cast<int8_t>(bits)); });
@@ -766,10 +768,14 @@ uint64_t random_number() {  // splitmix64
 }
 
 namespace {
-int emulated_arch = 80;
+int emulated_arch = 80, emulated_multiprocessors = 3;
 }
-void set_arch(int arch) { emulated_arch = arch; }
+void set_device(int arch, int num_multiprocessors) {
+  emulated_arch = arch;
+  emulated_multiprocessors = num_multiprocessors;
+}
 int arch() { return emulated_arch; }
+int num_multiprocessors() { return emulated_multiprocessors; }
 
 void fail(const std::string& message) {
   fail_in_block("thread " + std::to_string(threadIdx.x) + ": " + message);

@@ -172,11 +172,12 @@ struct Instructions {
 };
 void add_instructions(const Instructions& instructions);
 
-/// Of the emulated device, for the launches that follow: 80, or 90 for Hopper's own kernels.
-void set_arch(int arch);
+/// The emulated device, for the launches that follow: 80, or 90 for Hopper's own kernels, and as
+/// many thread blocks as a kernel made to stay on its multiprocessor is launched with. The fewer,
+/// the more each of them has to do.
+void set_device(int arch, int num_multiprocessors = 3);
 int arch();
-/// Thread blocks that a kernel made to stay on its multiprocessor is launched with.
-inline constexpr int kNumMultiprocessors = 3;
+int num_multiprocessors();
 
 enum class Order { kForward, kReverse, kRandom };
 /// For the launches that follow; first, the environment decides.

@@ -6,7 +6,7 @@
 // naming the thread and the line:
 //   - Deadlocks: a barrier whose phase never ends, with what it misses; named barriers that too few
 //     warps reach; counters that nobody counts up; more blocks that wait for each other than
-//     multiprocessors (kNumMultiprocessors).
+//     multiprocessors (set_device).
 //   - Barriers that were not initialised, not made known, initialised twice or overwritten;
 //     arrivals that a barrier does not expect; threads that do not agree on a named barrier.
 //   - Whole warps at wgmma_*, elect_one, named barriers and setmaxnreg, whole warpgroups with the
