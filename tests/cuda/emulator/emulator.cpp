@@ -114,21 +114,25 @@ constinit Machine machine;
 
 // Messages ----------------------------------------------------------------------------------------
 
-/// Function and line at a return address, as far as the debug information knows.
+/// Function and line at a return address, as far as the debug information knows, and of the
+/// functions that it was inlined into.
 std::string place(const void* address, bool is_return_address = true) {
+  constexpr int kMostLines = 4;
   Dl_info info;
   if (dladdr(address, &info) == 0) return "an unknown place";
   const auto offset = reinterpret_cast<uintptr_t>(address) -
                       reinterpret_cast<uintptr_t>(info.dli_fbase) - (is_return_address ? 1 : 0);
   std::array<char, 1024> line = {};
-  std::snprintf(line.data(), line.size(), "addr2line -Cfpse %s 0x%zx 2>/dev/null", info.dli_fname,
+  std::snprintf(line.data(), line.size(), "addr2line -Cfpsie %s 0x%zx 2>/dev/null", info.dli_fname,
                 offset);
   std::string result;
   if (FILE* pipe = popen(line.data(), "r")) {
-    if (std::fgets(line.data(), line.size(), pipe) != nullptr) result = line.data();
+    for (int n = 0; n < kMostLines && std::fgets(line.data(), line.size(), pipe) != nullptr; ++n) {
+      result += line.data();
+      while (!result.empty() && (result.back() == '\n' || result.back() == ' ')) result.pop_back();
+    }
     pclose(pipe);
   }
-  while (!result.empty() && (result.back() == '\n' || result.back() == ' ')) result.pop_back();
   return result.empty() ? "an unknown place" : result;
 }
 

@@ -56,6 +56,7 @@ struct NamedBarrier {
 
 /// Of a warpgroup.
 struct Product {
+  uint64_t idx;  // of the block's, as they began
   int num_columns;
   bool is_bf16;
   std::array<WgmmaCall, kGroupThreads> calls;  // their `a` is no longer there
@@ -91,6 +92,7 @@ struct BlockState {
   std::vector<Copy> copies;
   std::array<NamedBarrier, 16> named_barriers;
   std::vector<Warpgroup> groups;
+  uint64_t num_products = 0;
 };
 
 std::map<unsigned, BlockState> states;  // by blockIdx.x, of blocks that use any of this
@@ -341,6 +343,7 @@ void start_product_of_group(Warpgroup& group) {
     }
     product->calls[t] = own;
   }
+  product->idx = state().num_products++;
   product->num_columns = first.num_columns;
   product->is_bf16 = first.is_bf16;
   product->b_bits = read_operand(first.b_descriptor, first.is_b_transposed, first.num_columns);
@@ -381,27 +384,38 @@ ProductWarp& product_warp(size_t warp) {
   return state().groups[warp / kGroupWarps].warps[warp % kGroupWarps];
 }
 
-/// Of a warp of which all lanes wait for them.
+/// Of a warp of which all lanes wait for them. The ones that began first, so that no warp gets
+/// ahead of those whose products began before its own; at random any.
 bool finish_products() {
-  std::map<int, int> num_waiting;  // by warp
-  std::map<int, uint64_t> num_pending;
+  struct Candidate {
+    int warp, num_lanes;
+    uint64_t num_pending, last_product;
+  };
+  std::vector<Candidate> candidates;
   for (const Waiting& one : waiting()) {
     if (one.wait->kind != kProducts) continue;
-    ++num_waiting[one.thread / kWarpSize];
-    num_pending[one.thread / kWarpSize] = one.wait->value;
+    const int warp = one.thread / kWarpSize;
+    if (candidates.empty() || candidates.back().warp != warp) {
+      const auto& groups = product_warp(static_cast<size_t>(warp)).groups;
+      const auto& last = groups[groups.size() - 1 - one.wait->value];
+      const uint64_t last_product = last.empty() ? 0 : last.back()->idx;
+      candidates.push_back({warp, 0, one.wait->value, last_product});
+    }
+    ++candidates.back().num_lanes;
   }
-  std::vector<int> candidates;
-  for (const auto& [warp, count] : num_waiting) {
-    if (count == kWarpSize) candidates.push_back(warp);
-  }
+  std::erase_if(candidates, [](const Candidate& own) { return own.num_lanes < kWarpSize; });
   if (candidates.empty()) return false;
-  const size_t pick = order() == Order::kRandom    ? random_number() % candidates.size()
-                      : order() == Order::kReverse ? candidates.size() - 1
-                                                   : 0;
-  const int warp = candidates[pick];
+  if (order() == Order::kReverse) std::reverse(candidates.begin(), candidates.end());
+  const auto begins_before = [](const Candidate& x, const Candidate& y) {
+    return x.last_product < y.last_product;
+  };
+  const auto [warp, num_lanes, num_pending, last_product] =
+      order() == Order::kRandom
+          ? candidates[random_number() % candidates.size()]
+          : *std::min_element(candidates.begin(), candidates.end(), begins_before);
   Warpgroup& group = state().groups[static_cast<size_t>(warp / kGroupWarps)];
   ProductWarp& own = product_warp(static_cast<size_t>(warp));
-  while (own.groups.size() > num_pending[warp]) {
+  while (own.groups.size() > num_pending) {
     for (const auto& product : own.groups.front()) {
       carry_out(*product);
       add_up(*product, group, warp % kGroupWarps);
@@ -409,8 +423,8 @@ bool finish_products() {
     own.groups.erase(own.groups.begin());
   }
   own.has_fence = false;
-  wake([&](const Wait& wait, int thread) {
-    return wait.kind == kProducts && thread / kWarpSize == warp;
+  wake([own_warp = warp](const Wait& wait, int thread) {
+    return wait.kind == kProducts && thread / kWarpSize == own_warp;
   });
   return true;
 }
