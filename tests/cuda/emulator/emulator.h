@@ -10,9 +10,9 @@
 //     -DSPARLINE_EMULATE_CUDA -Iinclude -Isrc -Itests/cuda -I/usr/local/cuda/include
 //     -x c++ kernel.cu test.cpp tests/cuda/emulator/emulator.cpp -lgtest -lgtest_main -o test
 //
-// (-g1 gives lines in messages. No CUDA library is linked; the headers cuda_bf16.h, cuda_fp16.h and
-// cuda_fp8.h are the toolkit's.) What it checks, ending the process with a message that names
-// kernel, block, thread and line:
+// (and emulator/hopper.cpp for kernels of cuda/sm90. -g1 gives lines in messages. No CUDA library
+// is linked; the headers cuda_bf16.h, cuda_fp16.h and cuda_fp8.h are the toolkit's.) What it
+// checks, ending the process with a message that names kernel, block, thread and line:
 //   - Deadlocks: lanes that wait for a lane named in the mask that has left or waits elsewhere,
 //     barriers that some threads never reach; lanes that meet with different collectives or masks.
 //   - cp.async and ldmatrix: addresses that are not aligned or not in shared memory.
@@ -353,6 +353,10 @@ T atomicCAS(T* at, std::type_identity_t<T> compare, std::type_identity_t<T> valu
 
 template <class T>
 T __ldg(const T* at) {
+  return *at;
+}
+template <class T>
+T __ldcg(const T* at) {
   return *at;
 }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
