@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clock import DTYPE, Clock, ceilings, describe_machine, kernel_spans, slug, sum_up
 from diffusers import WanTransformer3DModel
-from gpu import BLOCKS, DTYPE, Clock, ceilings, describe_machine, kernel_spans, slug, sum_up
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -40,6 +40,7 @@ from sparline.integrations.probe import AttentionProbe
 from sparline.methods import Method
 from sparline.tokens import Grid
 
+BLOCKS: dict[str, Any] = {"block_q": 128, "block_k": 64}
 MODES = ("eager", "compiled")
 #: A row may take longer than one of a single operator, in seconds, to have its 20 repetitions.
 ROW_S = 40.0
