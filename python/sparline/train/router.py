@@ -124,6 +124,28 @@ def fit_alpha(transformer: Any, source: data.Source, config: Config, world: Worl
         module.set_alpha(*sums[n])
 
 
+@torch.no_grad()
+def attention_error(
+    transformer: Any, source: data.Source, config: Config, world: World, count: int
+) -> float:
+    """Mean over layers and ``count`` clips, at as many noise levels, of |o - dense|^2 / |dense|^2,
+    for the methods and learned tensors that the model's layers have; SLA2's router is hard."""
+    layers = attentions(transformer)
+    found: list[Tensor] = []
+
+    def on_call(layer: int, call: Call) -> None:
+        o = layers[layer](call.q, call.k, call.v, **call.options).float()
+        dense = call.o.float()
+        found.append((o - dense).square().sum() / dense.square().sum())
+
+    for n, draw in enumerate(data.draws(data.mix(config.seed, _HELD_OUT), 0, count)):
+        batch = data.collate([source.load(draw)], world.device)
+        sigma = torch.tensor([(n + 0.5) / count], device=world.device)
+        with tapped(transformer, on_call):
+            predict(transformer, noised_at(batch, sigma, [draw]), config.training.mixed_precision)
+    return torch.stack(found).mean().item()
+
+
 # Stage 1 ----------------------------------------------------------------------------------------
 
 
@@ -184,9 +206,9 @@ class RouterTrainer:
             if path.is_file():
                 _load_learned(self.transformer, path)
             else:
-                first = self._error(keep_ratio)
+                first = self._error()
                 self._train(keep_ratio, number, on_progress)
-                errors[keep_ratio] = (first, self._error(keep_ratio))
+                errors[keep_ratio] = (first, self._error())
                 self._save(path, keep_ratio, errors[keep_ratio])
             states[keep_ratio] = path
             self.world.wait()
@@ -284,25 +306,9 @@ class RouterTrainer:
         with torch.no_grad(), tapped(self.transformer, ring.add):
             predict(self.transformer, noised, self.config.training.mixed_precision)
 
-    @torch.no_grad()
-    def _error(self, keep_ratio: float) -> float:
-        """Mean over layers and held-out clips of |dense - SLA2|^2 / |dense|^2, hard router."""
-        found: list[Tensor] = []
-
-        def on_call(layer: int, call: Call) -> None:
-            module = self.layers[layer]
-            o = module(call.q, call.k, call.v, **call.options).float()
-            dense = call.o.float()
-            found.append((o - dense).square().sum() / dense.square().sum())
-
+    def _error(self) -> float:
         count = self.config.router.evaluation_samples
-        for n, draw in enumerate(data.draws(data.mix(self.config.seed, _HELD_OUT), 0, count)):
-            batch = data.collate([self.held_out.load(draw)], self.world.device)
-            sigma = torch.tensor([(n + 0.5) / count], device=self.world.device)
-            with tapped(self.transformer, on_call):
-                noised = noised_at(batch, sigma, [draw])
-                predict(self.transformer, noised, self.config.training.mixed_precision)
-        return torch.stack(found).mean().item()
+        return attention_error(self.transformer, self.held_out, self.config, self.world, count)
 
     def _sample_bytes(self) -> int:
         """Of q, k, v and o of one layer and clip."""
