@@ -226,6 +226,12 @@ class SLA2(Attention):
     def set_alpha(self, numerators: Tensor, denominators: Tensor) -> None:
         """alpha = numerator / denominator, (H, T), within 0.01 and 0.99 so that it can still learn;
         a value of which nothing is known, 0 / 0, stays as it is."""
+        for given in (numerators, denominators):
+            if given.shape != self.alpha_logit.shape:
+                raise ValueError(
+                    f"SLA2.set_alpha: sums must have the shape {tuple(self.alpha_logit.shape)} of "
+                    f"alpha_logit, got {tuple(given.shape)}. Add up what alpha_evidence returns."
+                )
         alpha = (numerators / denominators).clamp(LEAST_ALPHA, 1.0 - LEAST_ALPHA)
         self.alpha_logit.copy_(torch.where(denominators > 0.0, alpha.logit(), self.alpha_logit))
 

@@ -215,7 +215,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _rotate_at_once(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The same but for the rounding of a product, in one pass where ``_rotate`` makes seven, unless
-    it is compiled. 0.44 ms instead of 1.18 for 32 760 tokens of 12 x 128 on an H100."""
+    it is compiled."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32)
     turn = torch.complex(cos[..., 0::2].to(dtype), sin[..., 1::2].to(dtype))
     pairs = torch.view_as_complex(x.to(dtype).view(*x.shape[:-1], -1, 2))
