@@ -80,7 +80,10 @@ def read_clip(path: Path, frames: int, height: int, width: int) -> torch.Tensor:
     else:
         pixels = video.read_window(path, frames, height, width)
     if pixels.shape != (frames, height, width, 3):
-        raise SystemExit(f"--clip: {path} must hold {frames} frames of {height} x {width}")
+        raise SystemExit(
+            f"--clip: {path} must hold {frames} frames of {height} x {width} x 3, got an array of "
+            f"{' x '.join(map(str, pixels.shape))}. Pass a video, which is cut and scaled to size."
+        )
     return torch.from_numpy(pixels).permute(3, 0, 1, 2).float().div(127.5).sub(1.0)[None]
 
 
@@ -314,7 +317,11 @@ def main() -> int:
         machine = describe_machine()
         machine["device"] = torch.cuda.get_device_name() if is_cuda else machine["device"]
         machine["commit"] = args.commit or machine["commit"]
-        report = {"machine": machine, "dtype": "bfloat16" if is_cuda else "float32"}
+        report = {
+            "machine": machine,
+            "dtype": "bfloat16" if is_cuda else "float32",
+            "sla2_alpha": "output",  # as Tuned.run sets it
+        }
         for text in args.grids.split(","):
             grids = [*others(args.out, report, grid_of(text)), measure_grid(grid_of(text), args)]
             grids.sort(key=lambda entry: entry["tokens"])

@@ -8,6 +8,11 @@ from typing import Any
 
 #: Points that DynSparse should skip more than BLASST at equal recall.
 TARGET = 0.15
+#: What SLA2's α was set to: ``fit`` of ``SLA2.alpha_evidence``.
+ALPHAS = {
+    "mass": "the share of the dense mass that its router keeps (today it is fitted instead)",
+    "output": "fitted to each sample's dense output",
+}
 WORDS = {
     "dense": "dense",
     "sparse": "top-k",
@@ -29,8 +34,8 @@ def render_captured(report: dict[str, Any]) -> str:
         "of the bundled model on a clip that its training never saw, noised to "
         f"{', '.join(f'{x:g}' for x in grids[0]['levels'])}. It was trained on grids of "
         "8 × 32 × 32 tokens; larger ones run, but it never saw any. Nothing else is trained: "
-        "SLA's projection is zero, so that SLA is top-k, SLA2's α is the share of the dense mass "
-        "that its router keeps, VSA's coarse gate is zero.\n",
+        "SLA's projection is zero, so that SLA is top-k, SLA2's α is "
+        f"{ALPHAS[report['sla2_alpha']]}, VSA's coarse gate is zero.\n",
         "![Tiles skipped against recall, and errors by method](captured.png)\n",
         "### Errors by method\n",
         "Mean over layers of Σ|o − o′| / Σ|o′| and of the cosine, o′ dense in float32, by noise "
