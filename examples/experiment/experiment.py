@@ -121,7 +121,7 @@ class Experiment:
         return [
             p
             for p in every
-            if not only or any(x in p.name or fnmatch.fnmatch(p.name, x) for x in only)
+            if not only or any(fnmatch.fnmatch(p.name, pattern) for pattern in only)
         ]
 
     def all_pieces(self) -> list[Piece]:
@@ -670,7 +670,7 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, default=Path("experiment"), help="state and results")
     add("--data", metavar="FILE", help="scenes of train_demo_model.py --prepare")
     add("--minutes", type=float, default=math.inf, help="stop, resumable, after this long")
-    add("--only", action="append", help="pieces of this name, such as sla2-0.05-*; repeatable")
+    add("--only", action="append", help="pieces such as sla2-0.05-seed0 or '*-seed0'; repeatable")
     add("--set", action="append", default=[], help="override of the training configuration")
     add("--list", action="store_true", help="say what is done and what is not, and stop")
     add("--time", action="store_true", help="time steps of trained rows, a process on each GPU")

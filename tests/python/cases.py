@@ -599,10 +599,9 @@ def _result(o: Tensor, lse: Tensor, leaves: dict[str, Tensor], d_o: Tensor) -> R
     return Result(o.detach(), lse, dict(zip(leaves, gradients, strict=True)))
 
 
-def run(case: Case, inputs: Inputs, backend: str) -> Result:
-    """Forward and backward through the public API."""
-    leaves, inputs = _require_grad(inputs)
-    o, lse = sparline.attention(
+def attend(case: Case, inputs: Inputs, backend: str | None) -> tuple[Tensor, Tensor]:
+    """o and lse through the public API; None leaves the choice of the backend to the library."""
+    return sparline.attention(
         inputs.q,
         inputs.k,
         inputs.v,
@@ -617,6 +616,12 @@ def run(case: Case, inputs: Inputs, backend: str) -> Result:
         backend=backend,
         **case.segments,
     )
+
+
+def run(case: Case, inputs: Inputs, backend: str | None) -> Result:
+    """Forward and backward through the public API."""
+    leaves, inputs = _require_grad(inputs)
+    o, lse = attend(case, inputs, backend)
     return _result(o, lse, leaves, inputs.d_o)
 
 

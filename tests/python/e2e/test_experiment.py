@@ -213,7 +213,7 @@ def test_a_row_that_fails_costs_no_other(
     settings["rows"] = [ROWS[0], wrong, ROWS[1]]
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(settings))
     command = ["experiment", str(tmp_path / "toy.yaml"), "--out", str(tmp_path), "--device", "cpu"]
-    command += ["--data", str(toy / "scenes.npz"), "--only", "seed0"]
+    command += ["--data", str(toy / "scenes.npz"), "--only", "*-seed0"]
     monkeypatch.setattr(sys, "argv", command)
     assert load("experiment").main() == 1
     told = capsys.readouterr()

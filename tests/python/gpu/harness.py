@@ -500,7 +500,7 @@ def check_small(case: Case, device: torch.device, judge: Judge) -> str:
             inputs.d_o.mul_(sure)
         there = move(host, device)
     before = [x.clone() for x in (there.q, there.k, there.v)]
-    actual = to_cpu(cases.run(case, there, None))  # type: ignore[arg-type]
+    actual = to_cpu(cases.run(case, there, None))
     for letter, x, copy in zip("qkv", (there.q, there.k, there.v), before, strict=True):
         if not torch.equal(x, copy):
             judge.failures.append(f"{letter} was written to")
@@ -535,7 +535,7 @@ def check_large(case: Case, device: torch.device, judge: Judge) -> str:
     there = move(host, device)
     doubled = move(make_inputs(case, torch.float64), device)
     tiles, skipped = _device_tiles(case, there)
-    actual = to_cpu(cases.run(case, there, None))  # type: ignore[arg-type]
+    actual = to_cpu(cases.run(case, there, None))
     exact = to_cpu(_reference(case, doubled, tiles, skipped))
     _check_large_decisions(case, doubled, tiles, skipped, judge)
     noises, against = [], "not comparable"

@@ -73,7 +73,7 @@ def test_sanitize(name: str, cuda: torch.device) -> None:
     found = FAST.get(name) or CASES[name]
     case = found if name in FAST else dataclasses.replace(found, dtype="bfloat16")
     host = make_inputs(case)
-    actual = to_cpu(cases.run(case, move(host, cuda), None))  # type: ignore[arg-type]
+    actual = to_cpu(cases.run(case, move(host, cuda), None))
     torch.cuda.synchronize()
     expected = cases.run(case, host, "cpu")
     pairs = {"o": (actual.o, expected.o)}

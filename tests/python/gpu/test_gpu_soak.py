@@ -20,8 +20,6 @@ from cases import Case, Inputs, make_inputs
 from harness import find_case, large_names, move, random_names
 from torch import Tensor
 
-import sparline
-
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slow,
@@ -56,26 +54,10 @@ class Job:
 
     def run(self, backward: bool) -> list[Tensor]:
         if backward:
-            result = cases.run(self.case, self.inputs, None)  # type: ignore[arg-type]
+            result = cases.run(self.case, self.inputs, None)
             return [result.o, result.lse, *result.gradients.values()]
-        case, given = self.case, self.inputs
         with torch.no_grad():
-            return list(
-                sparline.attention(
-                    given.q,
-                    given.k,
-                    given.v,
-                    method=case.method,
-                    layout=case.layout,
-                    scale=case.scale,
-                    block_map=given.block_map,
-                    weights=given.weights,
-                    gate_coarse=given.gate_coarse,
-                    gate_fine=given.gate_fine,
-                    return_lse=True,
-                    **case.segments,
-                )
-            )
+            return list(cases.attend(self.case, self.inputs, None))
 
     def poison(self, backward: bool) -> None:
         """Leaves NaN in the memory that the call is about to be given, results and workspace."""
