@@ -274,9 +274,13 @@ class Experiment:
         return self.fine_tune(piece)
 
     def config(
-        self, piece: Piece, method: dict[str, Any], *sections: dict[str, Any]
+        self,
+        piece: Piece,
+        method: dict[str, Any],
+        *sections: dict[str, Any],
+        last: tuple[str, ...] = (),
     ) -> train.Config:
-        """The training configuration of a piece."""
+        """The training configuration of a piece; overrides ``last`` win over all others."""
         merged = merge(self.settings["train"], *sections)
         merged = merge(
             merged,
@@ -292,7 +296,7 @@ class Experiment:
             },
         )
         own = piece.row.set if piece.row is not None else ()
-        return train.from_dict(merged, [*own, *self.args.set])
+        return train.from_dict(merged, [*own, *self.args.set, *last])
 
     def scenes(self) -> Path:
         if self.args.data is not None:
@@ -333,7 +337,9 @@ class Experiment:
         train.RouterTrainer(config, device=self.args.device).run(show)
         told = (self.folder / piece.name / "router.jsonl").read_text().splitlines()
         errors = {
-            f"{line['keep_ratio']:g}": (line["error_before"], line["error_after"])
+            f"{line['keep_ratio']:g}": [
+                line[f"error_{name}"] for name in ("before", "trained", "fitted", "kept")
+            ]
             for line in map(json.loads, told)
         }
         return {"errors": errors, "training_minutes": minutes_since(begin)}
@@ -369,13 +375,9 @@ class Experiment:
     def time_steps(self, piece: Piece) -> dict[str, Any]:
         row = piece.row
         assert row is not None
-        timed = {
-            "logging": {"logging_steps": TIMED_STEPS // 6, "validation_steps": 0},
-        }
-        config = self.config(piece, self.at_density(row, piece.ratio), timed)
-        config = dataclasses.replace(
-            config, training=dataclasses.replace(config.training, max_train_steps=TIMED_STEPS)
-        )
+        timed = {"logging": {"logging_steps": TIMED_STEPS // 6, "validation_steps": 0}}
+        steps = f"training.max_train_steps={TIMED_STEPS}"  # whatever --set says
+        config = self.config(piece, self.at_density(row, piece.ratio), timed, last=(steps,))
         _, told = self.train(config)
         self.clean(piece, keep=False)
         return {name: told[name] for name in ("batch", "ms", "peak_bytes") if name in told}

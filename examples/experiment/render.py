@@ -126,11 +126,13 @@ def router_table(result: Result) -> str:
     """What stage 1 made of the router, by ratio."""
     lines = [
         "### The router\n\nRelative square error of SLA2's attention, hard router, held-out clips, "
-        "mean over layers, before and after its training on the dense model.\n\n"
-        "| sparsity | before | after |\n|---:|---:|---:|\n"
+        "mean over layers: before its training on the dense model, after it, with α fitted once "
+        "more behind it, and of what was kept, which is the best of these.\n\n"
+        "| sparsity | before | trained | α fitted | kept |\n|---:|---:|---:|---:|---:|\n"
     ]
-    for ratio, (before, after) in result["errors"].items():
-        lines.append(f"| {100 * (1 - float(ratio)):g} % | {before:.4f} | {after:.4f} |\n")
+    for ratio, errors in result["errors"].items():
+        words = " | ".join(f"{error:.4f}" for error in errors)
+        lines.append(f"| {100 * (1 - float(ratio)):g} % | {words} |\n")
     return "".join(lines)
 
 

@@ -7,8 +7,10 @@ ring of a few samples, and a step of training takes some of them:
     minimise  mean square of  dense(q, k, v) - SLA2(q, k, v; soft router, alpha)
 
 with SoftTop-k at temperature 0.1 in place of top-k (SLA2, section 6). The ratios k follow one
-another, each from what the one before learned. What is in the ring at step n follows from n, so a
-resumed run refills it and goes on to the bit.
+another, each from what the one before learned. What the soft router learns need not suit the hard
+one: of what a ratio began with and what it learned, the one that is nearer to dense on held-out
+clips is kept. What is in the ring at step n follows from n, so a resumed run refills it and goes on
+to the bit.
 """
 
 from __future__ import annotations
@@ -150,13 +152,27 @@ def attention_error(
 
 
 @dataclass(frozen=True)
+class RouterErrors:
+    """``attention_error`` on held-out clips, with the hard router, of one ratio: before its
+    training, after it, and with alpha fitted once more behind it to the hard router (where
+    ``model.alpha_start`` fits it)."""
+
+    before: float
+    trained: float
+    fitted: float
+
+    @property
+    def kept(self) -> float:
+        """Of what is kept: the least of them."""
+        return min(self.before, self.trained, self.fitted)
+
+
+@dataclass(frozen=True)
 class RouterSummary:
     """What a router run did, for each ratio."""
 
     states: dict[float, Path]  # files of sparline.save_state
-    #: (before, after) of mean (dense - SLA2)^2 / mean dense^2, hard router, held-out clips, mean
-    #: over layers; of ratios trained here.
-    errors: dict[float, tuple[float, float]]
+    errors: dict[float, RouterErrors]  # of ratios trained here
 
     def words(self) -> list[str]:
         """A few lines for the user."""
@@ -164,8 +180,12 @@ class RouterSummary:
         for keep_ratio, path in self.states.items():
             told.append(f"  {path}")
             if keep_ratio in self.errors:
-                before, after = self.errors[keep_ratio]
-                told[-1] += f": relative square error {before:.4f} -> {after:.4f}, hard router"
+                errors = self.errors[keep_ratio]
+                told[-1] += (
+                    f": relative square error {errors.before:.4f} -> {errors.kept:.4f}, hard router"
+                )
+                if errors.kept == errors.before:
+                    told[-1] += f"; what was trained is worse, {errors.trained:.4f}, and not kept"
         return told
 
 
@@ -197,7 +217,7 @@ class RouterTrainer:
 
     def run(self, on_progress: Callable[[int, int, str], None]) -> RouterSummary:
         states: dict[float, Path] = {}
-        errors: dict[float, tuple[float, float]] = {}
+        errors: dict[float, RouterErrors] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
         ratios = self.config.router.keep_ratios
         for number, keep_ratio in enumerate(ratios):
@@ -206,9 +226,7 @@ class RouterTrainer:
             if path.is_file():
                 _load_learned(self.transformer, path)
             else:
-                first = self._error()
-                self._train(keep_ratio, number, on_progress)
-                errors[keep_ratio] = (first, self._error())
+                errors[keep_ratio] = self._train_best(keep_ratio, number, on_progress)
                 self._save(path, keep_ratio, errors[keep_ratio])
             states[keep_ratio] = path
             self.world.wait()
@@ -219,6 +237,33 @@ class RouterTrainer:
         self.world.close()
 
     # One ratio ----------------------------------------------------------------------------------
+
+    def _train_best(
+        self, keep_ratio: float, number: int, on_progress: Callable[[int, int, str], None]
+    ) -> RouterErrors:
+        """Trains a ratio, and leaves the layers with the best that was found."""
+        is_fitted = self.config.model.alpha_start == "output"
+        if is_fitted and number:  # alpha suits the ratio before
+            fit_alpha(self.transformer, self.source, self.config, self.world)
+        before, error_before = self._learned(), self._error()
+        self._train(keep_ratio, number, on_progress)
+        trained, error_trained = self._learned(), self._error()
+        error_fitted = error_trained
+        if is_fitted:
+            fit_alpha(self.transformer, self.source, self.config, self.world)
+            error_fitted = self._error()
+        errors = RouterErrors(error_before, error_trained, error_fitted)
+        if errors.kept < error_fitted:
+            best = before if errors.kept == error_before else trained
+            for layer, module in self.layers.items():
+                module.load_state_dict(best[layer])
+        return errors
+
+    def _learned(self) -> dict[int, dict[str, Tensor]]:
+        return {
+            layer: {name: value.clone() for name, value in module.state_dict().items()}
+            for layer, module in self.layers.items()
+        }
 
     def _train(
         self, keep_ratio: float, number: int, on_progress: Callable[[int, int, str], None]
@@ -327,13 +372,19 @@ class RouterTrainer:
         for module in self.layers.values():
             module.method = dataclasses.replace(module.method, keep_ratio=keep_ratio)
 
-    def _save(self, path: Path, keep_ratio: float, error: tuple[float, float]) -> None:
+    def _save(self, path: Path, keep_ratio: float, errors: RouterErrors) -> None:
         if not self.world.is_main:
             return
         installed = self.transformer._sparline
         installed.method = dataclasses.replace(installed.method, keep_ratio=keep_ratio)
         sparline.save_state(self.transformer, path)
-        line = {"keep_ratio": keep_ratio, "error_before": error[0], "error_after": error[1]}
+        line = {
+            "keep_ratio": keep_ratio,
+            "error_before": errors.before,
+            "error_trained": errors.trained,
+            "error_fitted": errors.fitted,
+            "error_kept": errors.kept,
+        }
         with (self.folder / "router.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -39,8 +39,10 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def make(folder: Path, **sections: Any) -> RouterTrainer:
+def make(folder: Path, alpha_start: str = "mass", **sections: Any) -> RouterTrainer:
+    """From a worse alpha than the fitted one, which leaves too little for a toy's few steps."""
     router = {**ROUTER, **sections.pop("router", {})}
+    sections["model"] = {"alpha_start": alpha_start}
     config = training.make_config(folder, task="router", router=router, **sections)
     trainer = RouterTrainer(config)
     _sharpen(trainer)
@@ -62,8 +64,7 @@ def silent(done: int, total: int, words: str) -> None:
 
 
 def test_the_router_learns_and_the_model_stays(tmp_path: Path) -> None:
-    # From a worse alpha than the fitted one: what is left to that is too little for a toy's steps.
-    trainer = make(tmp_path / "run", router={"steps": 40}, model={"alpha_start": "mass"})
+    trainer = make(tmp_path / "run", router={"steps": 40})
     others = {
         n: p.clone() for n, p in trainer.transformer.named_parameters() if "attention." not in n
     }
@@ -71,8 +72,9 @@ def test_the_router_learns_and_the_model_stays(tmp_path: Path) -> None:
     summary = trainer.run(lambda *told: seen.append(told))
     assert seen[0][:2] == (1, 80)
     assert seen[-1][:2] == (80, 80)
-    for keep_ratio, (before, after) in summary.errors.items():
-        assert after < 0.99 * before, keep_ratio
+    for keep_ratio, errors in summary.errors.items():
+        assert errors.trained < 0.99 * errors.before, keep_ratio
+        assert errors.kept == errors.trained == errors.fitted  # alpha_start fits nothing
     losses = [float(words.split()[-1]) for _, _, words in seen[:40]]
     assert sum(losses[20:]) < 0.98 * sum(losses[:20])
     for name, p in trainer.transformer.named_parameters():
@@ -84,10 +86,9 @@ def test_the_router_learns_and_the_model_stays(tmp_path: Path) -> None:
 
 
 def test_each_ratio_starts_from_the_one_before(tmp_path: Path) -> None:
-    first = make(tmp_path / "one", router={"keep_ratios": [0.25]})
+    first = make(tmp_path / "one", router={"keep_ratios": [0.25], "steps": 40})
     first.run(silent)
-    still = {"keep_ratios": [0.25, 0.125], "steps": 16}
-    both = make(tmp_path / "both", router=still)
+    both = make(tmp_path / "both", router={"keep_ratios": [0.25, 0.125], "steps": 40})
     states = both.run(silent).states
     a = load_file(tmp_path / "one" / "router-0.25.safetensors")
     b = load_file(states[0.25])
@@ -111,6 +112,32 @@ def test_stage_2_takes_what_stage_1_learned(tmp_path: Path) -> None:
         assert torch.equal(names[name], value), name
     layer = next(iter(attentions(trainer.transformer).values()))
     assert layer.method == sparline.method("sla2", **config.method.options)
+
+
+def test_the_best_for_the_hard_router_is_kept(tmp_path: Path) -> None:
+    """Too high a rate makes all that is trained worse than what was there."""
+    settings = {"steps": 4, "learning_rate": 3.0, "alpha_learning_rate": 3.0}
+    trainer = make(tmp_path / "run", "output", router=settings)
+    summary = trainer.run(silent)
+    eye = torch.eye(training.HEAD_DIM)
+    for keep_ratio, errors in summary.errors.items():
+        assert errors.kept == errors.before < min(errors.trained, errors.fitted)
+        state = load_file(summary.states[keep_ratio])
+        assert all(torch.equal(x, eye) for name, x in state.items() if "router" in name)
+    assert trainer._error() == summary.errors[0.125].kept
+    assert "worse" in summary.words()[0]
+    # Each ratio has an alpha of its own, fitted to it.
+    a, b = (load_file(summary.states[ratio]) for ratio in (0.25, 0.125))
+    name = next(n for n in a if n.endswith("alpha_logit"))
+    assert not torch.equal(a[name], b[name])
+
+
+def test_alpha_is_fitted_again_behind_the_router(tmp_path: Path) -> None:
+    """A rate that only moves alpha away is undone by the fit."""
+    settings = {"steps": 4, "learning_rate": 1e-5, "alpha_learning_rate": 3.0}
+    errors = make(tmp_path / "run", "output", router=settings).run(silent).errors[0.25]
+    assert errors.trained > 1.02 * errors.before
+    assert errors.kept == errors.fitted <= errors.before
 
 
 def test_a_killed_ratio_goes_on_to_the_bit(tmp_path: Path) -> None:
