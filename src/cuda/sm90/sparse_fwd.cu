@@ -43,6 +43,9 @@ template <int kHeadDim>
 bool sparse_forward_sm90(const SparseForward& params, int num_multiprocessors,
                          void* stream);  // sparse_fwd.cuh
 
+/// Not yet: the kernel leaves o_s.
+bool combines_sm90(const SparseForward&) { return false; }
+
 bool sparse_forward_sm90(const SparseForward& params, void* stream) {
   if (is_forced_portable() || !fits(params)) return false;
   const auto [arch, num_multiprocessors] = current_device();

@@ -7,6 +7,7 @@
 #include "cuda/common/tile.cuh"
 #include "cuda/kernels.h"
 #include "cuda/sm90/ptx.cuh"
+#include "cuda/sm90/ring.cuh"
 
 namespace sparline::cuda {
 
@@ -64,18 +65,6 @@ struct SparseForwardSm90Params {
   CUtensorMap q, k, v;
   SparseForward forward;
   int32_t num_blocks;  // query blocks of all heads
-};
-
-/// Position in a ring, and the parity of the round: what a barrier's phase is waited for by.
-template <int kSize>
-struct RingCursor {
-  int slot = 0;
-  uint32_t parity = 0;
-  __device__ void advance() {
-    if (++slot < kSize) return;
-    slot = 0;
-    parity ^= 1;
-  }
 };
 
 }  // namespace sparline::cuda
