@@ -58,13 +58,14 @@ void soft_top_k_backward(const SoftTopKBackwardArgs& args, void* stream);
 // The sparse branch ------------------------------------------------------------------------------
 
 /// The linear branch as the last tile of every query block (Hopper): o = a o_s + c phi(q) H_i, from
-/// what linear_sums() left.
+/// what linear_sums() left: row f of H_i (D x D, bf16 whatever T is) is row f of the block in o,
+/// until the block's result takes its place.
 struct LinearTail {
   bool is_on = false;
   const bf16_t* ragged_sums = nullptr;  // as in LinearSums
-  const float* sums_z = nullptr;
-  Combine combine = Combine::kSum;
-  FeatureMap feature_map = FeatureMap::kSoftmax;
+  const float* sums_z = nullptr;        // likewise: NaN where E_i is empty, and there H_i is finite
+  Combine combine = Combine::kSum;      // of kProjection only the bias is left: W is in H_i
+  FeatureMap feature_map = FeatureMap::kSoftmax;  // not a hedgehog map
   float epsilon = 0.0f;
   const float* bias = nullptr;  // (D), of the projection; may be null
   RowScalars alpha_logit;
