@@ -65,7 +65,8 @@ void launch_sums(const LinearSumsParams& params, int num_multiprocessors, void* 
   launch(linear_sums_sm90_kernel<Traits>,
          {.blocks = num_multiprocessors,
           .threads = Traits::kThreads,
-          .shared_bytes = sizeof(LinearSumsShared<Traits>)},
+          .shared_bytes = sizeof(LinearSumsShared<Traits>),
+          .is_cooperative = true},
          stream, params);
 }
 template <class T>

@@ -16,9 +16,8 @@
 //   Shared    W 32 KiB, 4 slots of 32 KiB for keys and values, 4 of 16 KiB for states
 //   Sync      load -> full[slot] -> use -> empty[slot] -> load, in both rings. Between CTAs,
 //             counters in global memory: states of a chunk are there, rows of the map are there,
-//             the sums of a pair are done and its states may be overwritten. The CTAs of the grid,
-//             one for each multiprocessor, all run at the same time, so that none waits for one
-//             that cannot begin
+//             the sums of a pair are done and its states may be overwritten. The launch is
+//             cooperative: no CTA waits for one that cannot begin
 //   Numerics  phi, v W^T, h and z bf16, sums float32, H_i bf16. No atomics on data
 //
 // The states of the pairs that are there at a time fit into L2, where the product reads them.
