@@ -109,7 +109,8 @@ template <class Traits>
 bool launch_sparse_forward_sm90(const SparseForward& params, int num_multiprocessors,
                                 void* stream) {
   const Frame& f = params.frame;
-  SparseForwardSm90Params p{.forward = params};
+  SparseForwardSm90Params p{};
+  p.forward = params;
   int64_t shared_bytes = 0;
   if (!describe<Traits>(params, p, shared_bytes)) return false;
   p.forward.scale_log2 = std::max(params.scale * kLog2E, kLeastScale);
