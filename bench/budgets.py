@@ -126,6 +126,14 @@ FORWARD = [
         lambda s: (s.t_m + s.t_n) * s.state + s.pairs * E,
         lambda s: 2.0 * s.pairs * s.d * (s.d + 1),
     ),
+    Stage(  # states stay in L2
+        "states of key blocks and their sums",
+        r"linear_sums",
+        lambda s: 2 * s.rows + s.t_m * s.state + s.pairs,
+        lambda s: (
+            (2 if s.has_projection else 1) * s.feature_product + 2.0 * s.pairs * s.d * (s.d + 1)
+        ),
+    ),
     Stage(
         "linear branch and combination",
         r"linear_(combine|fwd|forward)",

@@ -55,7 +55,16 @@ std::string code_for(int arch) {
   return best;
 }
 
-/// Which kernel the sparse branch's forward takes on Hopper, and why (sm90/sparse_fwd.cu).
+/// Why the linear branch's forward takes the portable kernels on Hopper; empty where it does not
+/// (sm90/linear_sums.cu).
+const char* why_linear_is_portable(const Problem& p) {
+  if (has_feature_weights(p)) return "hedgehog maps have no other";
+  if (p.block_q < p.head_dim) return "block_q is below head_dim";
+  if (p.block_k > 64) return "block_k is above 64";
+  return "";
+}
+
+/// Which kernels the forward takes on Hopper, and why (sm90/sparse_fwd.cu).
 std::string hopper_forward(const Problem& p) {
   const auto portable = [](const char* why) {
     return std::string("the portable kernel, because ") + why;
@@ -66,7 +75,12 @@ std::string hopper_forward(const Problem& p) {
   if (p.bit_rows > 0) return portable("tile bits have no other");
   if (p.head_dim != 64 && p.head_dim != 128) return portable("head_dim is neither 64 nor 128");
   if (p.block_q <= 64) return portable("block_q is below 65");
-  return "Hopper's own kernel, where rows lie in memory order";
+  std::string words = "Hopper's own kernel, where rows lie in memory order";
+  if (has_linear_branch(p) && *why_linear_is_portable(p) != '\0') {
+    words += std::string("; the portable ones for the linear branch, because ") +
+             why_linear_is_portable(p);
+  }
+  return words;
 }
 
 class CudaBackend final : public Backend {

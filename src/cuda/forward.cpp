@@ -4,6 +4,10 @@
 //   block tables, where segments need them; the mean key, if keys are smoothed
 //   o_s and lse of all heads; under low bit wave by wave, after the codes of its keys and values
 //   wave by wave, o_s in o becomes the combination with o_l
+// or, where Hopper's kernels serve both branches, the sums of the linear branch of all heads first,
+// then o_s, combined at once
+#include <set>
+
 #include "cuda/device.h"
 #include "cuda/host.h"
 
@@ -29,6 +33,16 @@ struct Codes {
   }
 };
 
+/// Whether LinearSums has room for the H_i of all query blocks: for one a sequence beside those in
+/// o's rows.
+bool has_room_for_sums(const Plan& plan) {
+  std::set<int32_t> ragged;
+  return std::ranges::all_of(plan.query_blocks, [&](const Block& block) {
+    return block.is_protected || block.rows >= plan.problem.head_dim ||
+           ragged.insert(block.sequence).second;
+  });
+}
+
 /// What the forward keeps in its workspace. The stages follow one another on a stream, so that what
 /// belongs to one stage alone shares `scratch`.
 struct ForwardSpace {
@@ -36,6 +50,8 @@ struct ForwardSpace {
   bool is_low_bit, is_linear, has_sparse;
   float* k_mean;     // (B, H_kv, num_sequences, D), if keys are smoothed
   float* row_votes;  // (B, H, T_m), under a skip rule
+  bool has_sums;     // whether the linear branch may take that road
+  LinearSums sums;   // without o
   std::byte* scratch;
   int64_t pairs_per_wave, total_bytes;
 
@@ -57,11 +73,22 @@ struct ForwardSpace {
       return std::max(is_linear ? linear_forward_bytes(params) : 0,
                       is_low_bit ? codes_bytes(pairs) : 0);
     };
+    const int64_t sums_bytes = is_linear && !is_low_bit && has_room_for_sums(plan)
+                                   ? linear_sums_bytes(linear_params(plan, frame))
+                                   : 0;
+    has_sums = sums_bytes > 0;
+    if (has_sums) {
+      const int64_t heads = p.batch * p.num_heads;
+      sums.ragged =
+          arena.take<bf16_t>(heads * frame.queries.num_sequences * p.head_dim * p.head_dim);
+      sums.z = arena.take<float>(heads * frame.queries.num_blocks * p.head_dim);
+    }
     const int64_t budget = std::max(kFreeWaveBytes, q_bytes(p) * 9 / 20);
     pairs_per_wave = cuda::pairs_per_wave(num_pairs(p), plan.heads_per_wave, budget, wave_bytes);
-    Arena sums;
-    sums.take<float>(p.smooth_k ? sum_floats : 0);
-    scratch = arena.take<std::byte>(std::max(sums.used_bytes(), wave_bytes(pairs_per_wave)));
+    Arena k_sums;
+    k_sums.take<float>(p.smooth_k ? sum_floats : 0);
+    scratch = arena.take<std::byte>(
+        std::max({k_sums.used_bytes(), wave_bytes(pairs_per_wave), sums_bytes}));
     total_bytes = arena.used_bytes();
   }
 
@@ -113,11 +140,6 @@ void forward(const Plan& plan, const ForwardArgs& args, std::byte* workspace, vo
                 stream);
     sparse.k_mean = space.k_mean;
   }
-  if (!space.is_low_bit) {
-    sparse.low_bit = {};
-    sparse_forward(sparse, stream);  // without a sparse branch: lse alone
-  }
-
   LinearParams linear = linear_params(plan, space.frame);
   linear.q = sparse.q;
   linear.k = sparse.k;
@@ -125,7 +147,23 @@ void forward(const Plan& plan, const ForwardArgs& args, std::byte* workspace, vo
   linear.map = sparse.map;
   linear.k_mean = sparse.k_mean;
   set_weights(linear, args.weights, args.query_order);
-  const bool has_waves = space.is_low_bit || space.is_linear;
+  if (!space.is_low_bit) sparse.low_bit = {};
+  LinearSums sums = space.sums;
+  sums.o = sparse.o;
+  if (space.has_sums && linear_sums(linear, sparse, sums, space.scratch, stream)) {
+    sparse.linear = {.is_on = true,
+                     .ragged_sums = sums.ragged,
+                     .sums_z = sums.z,
+                     .combine = p.combine,
+                     .feature_map = p.feature_map,
+                     .epsilon = linear.epsilon,
+                     .bias = linear.proj_bias,
+                     .alpha_logit = linear.alpha_logit};
+  }
+  if (!space.is_low_bit) sparse_forward(sparse, stream);  // without a sparse branch: lse alone
+
+  const bool is_linear_left = space.is_linear && !sparse.linear.is_on;
+  const bool has_waves = space.is_low_bit || is_linear_left;
   for_each_wave(has_waves ? num_pairs(p) : 0, space.pairs_per_wave, [&](const Wave& wave) {
     if (space.is_low_bit) {
       Arena arena(space.scratch);
@@ -139,7 +177,7 @@ void forward(const Plan& plan, const ForwardArgs& args, std::byte* workspace, vo
                            codes.v_peaks, stream);
       sparse_forward_low_bit(sparse, stream);
     }
-    if (space.is_linear) {
+    if (is_linear_left) {
       linear.wave = wave;
       linear_forward(linear, sparse.o, space.scratch, stream);
     }

@@ -57,6 +57,19 @@ void soft_top_k_backward(const SoftTopKBackwardArgs& args, void* stream);
 
 // The sparse branch ------------------------------------------------------------------------------
 
+/// The linear branch as the last tile of every query block (Hopper): o = a o_s + c phi(q) H_i, from
+/// what linear_sums() left: row f of H_i (D x D, bf16 whatever T is) is row f of the block in o,
+/// until the block's result takes its place.
+struct LinearTail {
+  bool is_on = false;
+  const bf16_t* ragged_sums = nullptr;  // as in LinearSums
+  const float* sums_z = nullptr;        // likewise: NaN where E_i is empty, and there H_i is finite
+  Combine combine = Combine::kSum;      // of kProjection only the bias is left: W is in H_i
+  FeatureMap feature_map = FeatureMap::kSoftmax;  // not a hedgehog map
+  float epsilon = 0.0f;
+  const float* bias = nullptr;  // (D), of the projection; may be null
+  RowScalars alpha_logit;
+};
 struct SparseForward {
   Frame frame;
   Wave wave;
@@ -85,11 +98,14 @@ struct SparseForward {
   const float* k_steps = nullptr;  // of the wave (pairs, T_n)
   const uint8_t* v_codes = nullptr;  // of the wave, code_bytes(), e4m3
   const float* v_steps = nullptr;    // of the wave (pairs, num_sequences, D)
+  LinearTail linear{};               // in: H_i lies in o's rows
 };
 void sparse_forward(const SparseForward& params, void* stream);
 /// The same on Hopper; false, and nothing is launched, where it does not serve the device or the
 /// problem. Only in builds with SPARLINE_WITH_SM90. sm90/sparse_fwd.cu
 bool sparse_forward_sm90(const SparseForward& params, void* stream);
+/// Whether that one serves the problem with `linear` on.
+bool combines_sm90(const SparseForward& params);
 void sparse_forward_low_bit(const SparseForward& params, void* stream);
 /// Bytes of k_codes, and of v_codes: whole blocks of keys, both sides padded. common/quantise.cu
 int64_t code_bytes(const Frame& frame, int64_t pairs);
@@ -163,6 +179,25 @@ struct LinearParams {
 /// + (1 - a) o_l, o_l). Rows of protected query blocks are left alone. sm80/linear_fwd.cu
 int64_t linear_forward_bytes(const LinearParams& params);
 void linear_forward(const LinearParams& params, const Rows& o, std::byte* workspace, void* stream);
+
+/// The sums of states for the Hopper sparse kernel, which combines as it goes: H_i lies in o's own
+/// rows until that kernel overwrites them. With Combine::kProjection h_j is phi(k_j)^T (v_j W^T),
+/// so that only the bias is left to add.
+struct LinearSums {
+  Rows o;                    // out: row f of H_i, bf16 whatever T is, is row f of query block i
+  bf16_t* ragged = nullptr;  // out (B, H, num_sequences, D, D): H_i where a block has fewer rows
+  float* z = nullptr;        // out (B, H, T_m, D): Z_i; NaN where E_i is empty
+};
+/// All pairs in one launch, and only where `sparse` is then combined with them; else false, and
+/// nothing is launched. The wave is the whole problem. Bytes: 0 where that is never so.
+/// sm80/linear_fwd.cu
+int64_t linear_sums_bytes(const LinearParams& params);
+bool linear_sums(const LinearParams& params, const SparseForward& sparse, const LinearSums& sums,
+                 std::byte* workspace, void* stream);
+/// Those on Hopper. Only in builds with SPARLINE_WITH_SM90. sm90/linear_sums.cu
+int64_t linear_sums_sm90_bytes(const LinearParams& params);
+bool linear_sums_sm90(const LinearParams& params, const LinearSums& sums, std::byte* workspace,
+                      void* stream);
 
 struct LinearBackward {
   LinearParams forward;

@@ -225,6 +225,11 @@ TEST_F(CudaPlanTest, ExplainsWhichForwardRunsOnHopper) {
   problem.block_q = 128;
   EXPECT_CONTAINS(explain(cuda_plan(problem, 90)), "forward: Hopper's own kernel");
   EXPECT_EQ(explain(cuda_plan(problem, 80)).find("Hopper"), std::string::npos);
+  problem.combine = Combine::kSum;
+  EXPECT_EQ(explain(cuda_plan(problem, 90)).find("portable"), std::string::npos);
+  problem.block_q = 96;
+  EXPECT_CONTAINS(explain(cuda_plan(problem, 90)),
+                  "the portable ones for the linear branch, because block_q is below head_dim");
   problem.head_dim = 96;
   EXPECT_CONTAINS(explain(cuda_plan(problem, 90)),
                   "forward: the portable kernel, because head_dim is neither 64 nor 128");

@@ -225,6 +225,163 @@ TEST(Hopper, RandomCases) {
   EXPECT_GT(num_served, static_cast<int64_t>(num_cases(24)) * 3 / 4);
 }
 
+/// A random case whose linear branch is made and combined by Hopper's kernels.
+Case fused_case(uint64_t seed) {
+  Case c = hopper_case(seed);
+  Problem& p = c.problem;
+  std::mt19937_64 engine(~seed);
+  const auto pick = [&](auto... choices) {
+    const std::common_type_t<decltype(choices)...> all[] = {choices...};
+    return all[engine() % sizeof...(choices)];
+  };
+  p.combine = pick(Combine::kSum, Combine::kProjection, Combine::kBlend, Combine::kLinear);
+  p.feature_map = pick(FeatureMap::kSoftmax, FeatureMap::kSoftmax, FeatureMap::kElu1,
+                       FeatureMap::kRelu, FeatureMap::kIdentity);
+  p.block_k = std::min(p.block_k, 64);
+  if (p.head_dim == 128) p.block_q = 128;  // rows for H_i
+  // Smoothed keys have both signs, and so has the denominator of the identity.
+  p.smooth_k = pick(false, true) && p.feature_map != FeatureMap::kIdentity;
+  if (p.query_segments.empty()) p.num_queries += pick(0, 130);
+  return c;
+}
+
+/// Whether the case gave sums of states to Hopper's kernels.
+bool check_fused(const Case& c) {
+  const int64_t before = cuda::emulator::num_counts;
+  check_case(c);
+  return cuda::emulator::num_counts > before;
+}
+
+/// Every order of threads in turn, where the environment asks for none.
+struct OrderByTurns {
+  explicit OrderByTurns(uint64_t seed) {
+    if (std::getenv("SPARLINE_EMULATOR_ORDER") == nullptr) {
+      set_order(static_cast<Order>(seed % 3), seed);
+    }
+  }
+  ~OrderByTurns() {
+    if (std::getenv("SPARLINE_EMULATOR_ORDER") == nullptr) set_order(Order::kForward);
+  }
+};
+
+TEST(HopperLinear, RandomCases) {
+  const int64_t only = from_environment("SPARLINE_SEED", -1);
+  const uint64_t num = only >= 0 ? 1 : num_cases(16);
+  int64_t num_served = 0;
+  for (uint64_t n = 0; n < num; ++n) {
+    const uint64_t seed = only >= 0 ? static_cast<uint64_t>(only) : 5000 + n;
+    const OnHopper on_hopper(1 + static_cast<int>(seed % 4));
+    const OrderByTurns order(seed);
+    num_served += check_fused(fused_case(seed));
+  }
+  // Not where a sequence has two blocks of fewer rows than features.
+  EXPECT_GT(num_served, static_cast<int64_t>(num) / 2);
+}
+
+/// SLA, SLA2 and SLA as its module's main branch has it.
+TEST(HopperLinear, MethodsAtTheSizesThatItIsMadeFor) {
+  uint64_t seed = 0;
+  for (const DType dtype : {DType::kBF16, DType::kF16}) {
+    for (const int64_t dim : {64, 128}) {
+      for (const Combine combine : {Combine::kProjection, Combine::kBlend}) {
+        for (const LinearScope scope : {LinearScope::kMarginal, LinearScope::kAll}) {
+          const OnHopper on_hopper(2);
+          const OrderByTurns order(++seed);
+          Case c = plain_case();
+          Problem& p = c.problem;
+          p.num_queries = 2 * 128 + 1;
+          p.num_keys = 6 * 64 + 9;
+          p.head_dim = dim;
+          p.dtype = dtype;
+          p.block_q = 128;
+          p.block_k = 64;
+          p.combine = combine;
+          p.linear_scope = scope;
+          if (scope == LinearScope::kAll) p.epsilon = 1e-5;
+          if (combine == Combine::kBlend) {
+            p.linear_scope = LinearScope::kComplement;
+            p.smooth_k = true;
+          }
+          EXPECT_TRUE(check_fused(c)) << describe(c);
+        }
+      }
+    }
+  }
+}
+
+/// Several tiles of query blocks and chunks of key blocks, which sequences only partly share: 140
+/// sequences of two queries and three keys.
+TEST(HopperLinear, ManySequences) {
+  for (const int64_t dim : {64, 128}) {
+    const OnHopper on_hopper;
+    const OrderByTurns order(static_cast<uint64_t>(dim / 64));
+    Case c = plain_case();
+    Problem& p = c.problem;
+    p.num_heads = 1;
+    p.head_dim = dim;
+    p.block_q = 128;
+    constexpr int64_t kSequences = 140;
+    p.num_queries = 2 * kSequences;
+    p.num_keys = 3 * kSequences;
+    for (int n = 0; n < kSequences; ++n) {
+      p.query_segments.push_back({2 * n, 2 * n + 2, n, n % 9 == 4});
+      p.key_segments.push_back({3 * n, 3 * n + 3, n, n % 7 == 3});
+    }
+    EXPECT_TRUE(check_fused(c)) << describe(c);
+  }
+}
+
+/// The states of one head's keys take the place of those of another, which other blocks may still
+/// add up.
+TEST(HopperLinear, StatesTakeThePlaceOfOthers) {
+  const OnHopper on_hopper;
+  const OrderByTurns order(2);
+  Case c = plain_case();
+  Problem& p = c.problem;
+  p.num_heads = p.num_kv_heads = 3;
+  p.num_queries = 130;
+  p.num_keys = 342 * 16;  // 11 MiB of states for each head: two find room
+  p.head_dim = 128;
+  p.block_q = 128;
+  p.block_k = 16;
+  EXPECT_TRUE(check_fused(c)) << describe(c);
+}
+
+/// More chunks of key blocks than a warp asks for at once.
+TEST(HopperLinear, ManyKeys) {
+  const OnHopper on_hopper(2);
+  const OrderByTurns order(2);
+  Case c = plain_case();
+  Problem& p = c.problem;
+  p.num_heads = 1;
+  p.num_queries = 70;
+  p.num_keys = (32 * 64 + 70) * 16;
+  p.head_dim = 64;
+  p.block_q = 128;
+  EXPECT_TRUE(check_fused(c)) << describe(c);
+}
+
+TEST(HopperLinear, ResultsDoNotDependOnTheOrderOfThreads) {
+  for (uint64_t seed = 5100; seed < 5104; ++seed) {
+    const Case c = fused_case(seed);
+    const Inputs inputs = random_inputs(c);
+    std::string misuse;
+    set_order(Order::kForward);
+    Outputs want;
+    {
+      const OnHopper on_hopper(1);
+      want = run(c, inputs, &misuse);
+    }
+    for (const Order order : {Order::kReverse, Order::kRandom}) {
+      const OnHopper on_hopper(order == Order::kRandom ? 5 : 2);
+      set_order(order, seed);
+      expect_same_bits(run(c, inputs, &misuse), want, describe(c));
+    }
+    set_order(Order::kForward);
+    EXPECT_EQ(misuse, "") << describe(c);
+  }
+}
+
 /// All tiles of a block in one stream, several times around the slots.
 TEST(Hopper, SizesThatItIsMadeFor) {
   const OnHopper on_hopper(1);

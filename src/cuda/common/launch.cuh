@@ -29,6 +29,9 @@ struct LaunchShape {
   int64_t blocks = 1;  // at most 2^31 - 1, along x; nothing is launched for 0
   int threads = 128;
   int64_t shared_bytes = 0;  // dynamic
+  // Whether blocks wait for each other: then all of them run at the same time, or the launch fails.
+  // Without it those of two such grids, on two streams, may each hold what the other one waits for.
+  bool is_cooperative = false;
 };
 
 /// kernel<<<shape, stream>>>(args...)
@@ -41,23 +44,22 @@ void launch(void (*kernel)(Params...), const LaunchShape& shape, void* stream, A
                                static_cast<int>(shape.shared_bytes)),
           "raising the shared memory limit");
   }
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attribute{};
+  if (shape.is_cooperative) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &early;
-  config.numAttrs = can_launch_early() ? 1 : 0;
+  config.attrs = &attribute;
+  config.numAttrs = shape.is_cooperative || can_launch_early() ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "launching a kernel");
-}
-
-inline void fill_zero(void* data, int64_t bytes, void* stream) {
-  if (bytes == 0) return;
-  check(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)),
-        "clearing memory");
 }
 
 }  // namespace sparline::cuda

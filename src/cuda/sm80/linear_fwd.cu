@@ -454,6 +454,24 @@ void aggregate_pairs(const LinearParams& params, const Space& space, void* strea
 
 }  // namespace
 
+int64_t linear_sums_bytes([[maybe_unused]] const LinearParams& params) {
+#ifdef SPARLINE_WITH_SM90
+  return linear_sums_sm90_bytes(params);
+#else
+  return 0;
+#endif
+}
+bool linear_sums([[maybe_unused]] const LinearParams& params,
+                 [[maybe_unused]] const SparseForward& sparse,
+                 [[maybe_unused]] const LinearSums& sums, [[maybe_unused]] std::byte* workspace,
+                 [[maybe_unused]] void* stream) {
+#ifdef SPARLINE_WITH_SM90
+  return combines_sm90(sparse) && linear_sums_sm90(params, sums, workspace, stream);
+#else
+  return false;
+#endif
+}
+
 int64_t linear_forward_bytes(const LinearParams& params) { return Space(params, nullptr).bytes; }
 
 void linear_forward(const LinearParams& params, const Rows& o, std::byte* workspace, void* stream) {

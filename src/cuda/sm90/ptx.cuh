@@ -112,6 +112,52 @@ __device__ __forceinline__ void load_box(void* shared, const CUtensorMap& map, B
       "l"(&map), "r"(shared_address(&barrier)), "r"(d), "r"(n), "r"(h), "r"(b)
       : "memory");
 }
+/// The same for data that is read once: it is the first to leave L2.
+__device__ __forceinline__ void load_box_once(void* shared, const CUtensorMap& map,
+                                              Barrier& barrier, int32_t d, int32_t n, int32_t h,
+                                              int32_t b) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(d), "r"(n), "r"(h), "r"(b), "l"(policy)
+      : "memory");
+}
+/// Starts copying `bytes` bytes, a multiple of 16 at multiples of 16.
+__device__ __forceinline__ void load_bytes(void* shared, const void* global, uint32_t bytes,
+                                           Barrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(&barrier))
+      : "memory");
+}
+/// Between ordinary accesses of this thread, or those it has learned of, and what products or the
+/// copy engine do to the same memory.
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// Counters in global memory -----------------------------------------------------------------------
+
+/// Counts up; who waits for the count sees what this thread wrote or learned of before.
+__device__ __forceinline__ void count_up(uint32_t* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+__device__ __forceinline__ uint32_t count_of(const uint32_t* counter) {
+  uint32_t count;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+  return count;
+}
+__device__ __forceinline__ void wait_for_count(const uint32_t* counter, uint32_t count) {
+  [[maybe_unused]] int num_polls = 0;
+  while (count_of(counter) < count) {
+    __nanosleep(64);
+#ifdef SPARLINE_WATCHDOG
+    if (++num_polls > SPARLINE_WATCHDOG) __trap();
+#endif
+  }
+}
+
 // Products of a warpgroup -------------------------------------------------------------------------
 
 /// Before the first product, and after registers that products use were written.
@@ -189,6 +235,57 @@ __device__ __forceinline__ void wgmma(float (&d)[kSize], const uint32_t* a, uint
     }
   }
 }
+
+#define SPARLINE_WGMMA_SHARED_64(type)                                                          \
+  asm volatile(                                                                                 \
+      "{ .reg .pred p;\n"                                                                       \
+      "setp.ne.b32 p, %34, 0;\n"                                                                \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                               \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                      \
+      "%32, %33, p, 1, 1, %35, %36; }"                                                          \
+      : SPARLINE_D32(0)                                                                         \
+      : "l"(a), "l"(b), "r"(adds), "n"(kIsATransposed), "n"(kIsBTransposed))
+#define SPARLINE_WGMMA_SHARED_128(type)                                                         \
+  asm volatile(                                                                                 \
+      "{ .reg .pred p;\n"                                                                       \
+      "setp.ne.b32 p, %66, 0;\n"                                                                \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                              \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "   \
+      "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "   \
+      "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                                \
+      "%64, %65, p, 1, 1, %67, %68; }"                                                          \
+      : SPARLINE_D32(0), SPARLINE_D32(32)                                                       \
+      : "l"(a), "l"(b), "r"(adds), "n"(kIsATransposed), "n"(kIsBTransposed))
+
+/// The same with A in shared memory as well: the 64 rows at its descriptor, or with kIsATransposed
+/// A^T the 16 rows.
+template <class T, int kColumns, bool kIsATransposed, bool kIsBTransposed, int kSize>
+__device__ __forceinline__ void wgmma_shared(float (&d)[kSize], uint32_t a_descriptor,
+                                             uint32_t b_descriptor, int adds) {
+  static_assert(kColumns == 64 || kColumns == 128);
+  static_assert(kSize >= kColumns / 2);
+  constexpr uint32_t kEightRows = 1024 >> 4, kSwizzle128 = 1u << 30;
+  const uint64_t a = uint64_t{kSwizzle128 | kEightRows} << 32 | a_descriptor;
+  const uint64_t b = uint64_t{kSwizzle128 | kEightRows} << 32 | b_descriptor;
+  constexpr bool kIsBf16 = std::is_same_v<T, bf16>;
+  if constexpr (kColumns == 64) {
+    if constexpr (kIsBf16) {
+      SPARLINE_WGMMA_SHARED_64("bf16");
+    } else {
+      SPARLINE_WGMMA_SHARED_64("f16");
+    }
+  } else {
+    if constexpr (kIsBf16) {
+      SPARLINE_WGMMA_SHARED_128("bf16");
+    } else {
+      SPARLINE_WGMMA_SHARED_128("f16");
+    }
+  }
+}
+#undef SPARLINE_WGMMA_SHARED_64
+#undef SPARLINE_WGMMA_SHARED_128
 #undef SPARLINE_WGMMA_64
 #undef SPARLINE_WGMMA_128
 #undef SPARLINE_D32

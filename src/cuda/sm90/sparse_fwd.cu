@@ -39,17 +39,35 @@ bool fits(const SparseForward& p) {
 
 }  // namespace
 
-template <int kHeadDim>
+template <int kHeadDim, bool kHasLinear>
 bool sparse_forward_sm90(const SparseForward& params, int num_multiprocessors,
                          void* stream);  // sparse_fwd.cuh
 
-bool sparse_forward_sm90(const SparseForward& params, void* stream) {
-  if (is_forced_portable() || !fits(params)) return false;
-  const auto [arch, num_multiprocessors] = current_device();
-  if (arch != 90) return false;
+namespace {
+
+bool serves(const SparseForward& params) {
+  return !is_forced_portable() && fits(params) && current_device().arch == 90;
+}
+
+template <bool kHasLinear>
+bool serve(const SparseForward& params, int num_multiprocessors, void* stream) {
   return params.frame.head_dim == 64
-             ? sparse_forward_sm90<64>(params, num_multiprocessors, stream)
-             : sparse_forward_sm90<128>(params, num_multiprocessors, stream);
+             ? sparse_forward_sm90<64, kHasLinear>(params, num_multiprocessors, stream)
+             : sparse_forward_sm90<128, kHasLinear>(params, num_multiprocessors, stream);
+}
+
+}  // namespace
+
+bool combines_sm90(const SparseForward& params) {
+  // Launches nothing on no multiprocessors.
+  return serves(params) && serve<true>(params, 0, nullptr);
+}
+
+bool sparse_forward_sm90(const SparseForward& params, void* stream) {
+  if (!serves(params)) return false;
+  const int num_multiprocessors = current_device().num_multiprocessors;
+  return params.linear.is_on ? serve<true>(params, num_multiprocessors, stream)
+                             : serve<false>(params, num_multiprocessors, stream);
 }
 
 }  // namespace sparline::cuda

@@ -2,7 +2,9 @@
 //
 // The sparse branch, forward, on Hopper (sm_90a). Over the critical key blocks j of query block i
 //     S = scale q_i k_j^T,  o_s = softmax(S) v,  lse = ln sum exp S
-// the same function as sm80/sparse_fwd.cuh without a policy.
+// the same function as sm80/sparse_fwd.cuh without a policy; and, where the sums of the linear
+// branch are there already, its combination with that, as sm80/linear_fwd.cu has it (kHasLinear):
+//     o = a o_s + c phi(q) H_i / (phi(q) . Z_i)
 //
 //   Tiles     128 queries x 128 keys: two runs of up to 64 keys, wherever they lie, or one
 //   Roles     warpgroup 0 loads (sparse_fwd_load.cuh), 1 and 2 multiply, 64 rows each
@@ -16,6 +18,10 @@
 // next one is already there and goes through the softmax, also where the next tile is that of
 // another query block. Queries wait in registers, as the A operand, so that the next ones can be
 // loaded as soon as a block begins.
+//
+// The linear branch is one more tile of each block: H_i is its values, and phi(q), made from the
+// queries in registers, its P. Z_i comes where its keys would. H_i lies in the rows of o that the
+// block stores to; the copy engine has read it before anyone stores there, as all wait for it.
 #pragma once
 
 #include <algorithm>
@@ -62,23 +68,51 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
 }
 
-/// False, and nothing is launched, where the copy engine cannot read the tensors or the lists have
-/// no room.
+/// What one launch is given; false where the copy engine cannot read the tensors or the lists have
+/// no room. The maps of H_i: as soon as the linear tile is on.
+template <class Traits>
+bool describe(const SparseForward& params, SparseForwardSm90Params& p, int64_t& shared_bytes) {
+  const Frame& f = params.frame;
+  const auto encode = [&](CUtensorMap& map, const Rows& rows, int num_heads, const Axis& axis,
+                          int box_rows) {
+    return encode_rows(map, rows, params.dtype, f.batch, num_heads, axis.length, f.head_dim,
+                       box_rows);
+  };
+  if (!encode(p.q, params.q, f.num_heads, f.queries, Traits::kTileQ) ||
+      !encode(p.k, params.k, f.num_kv_heads, f.keys, Traits::kRunK) ||
+      !encode(p.v, params.v, f.num_kv_heads, f.keys, Traits::kRunK)) {
+    return false;
+  }
+  if (Traits::kHasLinear && !encode(p.sums, params.o, f.num_heads, f.queries, Traits::kRunK)) {
+    return false;
+  }
+  if (params.linear.is_on) {
+    const int64_t rows = int64_t{f.queries.num_sequences} * f.head_dim;
+    const Rows ragged{.data = const_cast<bf16_t*>(params.linear.ragged_sums),
+                      .stride_b = f.num_heads * rows * f.head_dim,
+                      .stride_h = rows * f.head_dim,
+                      .stride_n = f.head_dim,
+                      .is_vectorised = true};
+    if (!encode_rows(p.ragged_sums, ragged, DType::kBF16, f.batch, f.num_heads, rows, f.head_dim,
+                     Traits::kRunK)) {
+      return false;
+    }
+  }
+  shared_bytes = static_cast<int64_t>(sizeof(SparseForwardSm90Shared<Traits>)) +
+                 2 * RowScan::bytes(f.keys.num_blocks);
+  constexpr int64_t kMostSharedBytes = 227 * 1024;
+  return shared_bytes <= kMostSharedBytes;
+}
+
+/// False, and nothing is launched, where describe() says so. No multiprocessors: it is only asked.
 template <class Traits>
 bool launch_sparse_forward_sm90(const SparseForward& params, int num_multiprocessors,
                                 void* stream) {
   const Frame& f = params.frame;
-  SparseForwardSm90Params p{.forward = params};
-  const bool is_encoded = encode_rows(p.q, params.q, params.dtype, f.batch, f.num_heads,
-                                      f.queries.length, f.head_dim, Traits::kTileQ) &&
-                          encode_rows(p.k, params.k, params.dtype, f.batch, f.num_kv_heads,
-                                      f.keys.length, f.head_dim, Traits::kRunK) &&
-                          encode_rows(p.v, params.v, params.dtype, f.batch, f.num_kv_heads,
-                                      f.keys.length, f.head_dim, Traits::kRunK);
-  const int64_t shared_bytes = static_cast<int64_t>(sizeof(SparseForwardSm90Shared<Traits>)) +
-                               2 * RowScan::bytes(f.keys.num_blocks);
-  constexpr int64_t kMostSharedBytes = 227 * 1024;
-  if (!is_encoded || shared_bytes > kMostSharedBytes) return false;
+  SparseForwardSm90Params p{};
+  p.forward = params;
+  int64_t shared_bytes = 0;
+  if (!describe<Traits>(params, p, shared_bytes)) return false;
   p.forward.scale_log2 = std::max(params.scale * kLog2E, kLeastScale);
   p.num_blocks = params.wave.count * f.group() * f.queries.num_blocks;
   launch(sparse_forward_sm90_kernel<Traits>,
@@ -89,12 +123,12 @@ bool launch_sparse_forward_sm90(const SparseForward& params, int num_multiproces
   return true;
 }
 
-template <int kHeadDim>
+template <int kHeadDim, bool kHasLinear>
 bool sparse_forward_sm90(const SparseForward& params, int num_multiprocessors, void* stream) {
   return params.dtype == DType::kBF16
-             ? launch_sparse_forward_sm90<SparseForwardSm90Traits<bf16, kHeadDim>>(
+             ? launch_sparse_forward_sm90<SparseForwardSm90Traits<bf16, kHeadDim, kHasLinear>>(
                    params, num_multiprocessors, stream)
-             : launch_sparse_forward_sm90<SparseForwardSm90Traits<fp16, kHeadDim>>(
+             : launch_sparse_forward_sm90<SparseForwardSm90Traits<fp16, kHeadDim, kHasLinear>>(
                    params, num_multiprocessors, stream);
 }
 

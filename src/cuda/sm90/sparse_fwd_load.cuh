@@ -17,6 +17,7 @@ __device__ __forceinline__ void fill_list(const SparseForward& p, const QueryPla
   constexpr int kTogether = 8;  // loads under way
   const Axis& keys = p.frame.keys;
   const bool is_dense = p.map.data == nullptr || at.block.is_protected;
+  const bool is_empty = p.is_protected_only && !at.block.is_protected;
   const int64_t first = p.map.offset(at.b, at.h, at.i, 0);
   const int num_words = (keys.num_blocks + 31) / 32;
   for (int w_first = 0; w_first < num_words; w_first += kTogether) {
@@ -24,7 +25,7 @@ __device__ __forceinline__ void fill_list(const SparseForward& p, const QueryPla
 #pragma unroll
     for (int n = 0; n < kTogether; ++n) {
       const int32_t j = (w_first + n) * 32 + lane_index();
-      is_critical[n] = j >= at.block.other_begin && j < at.block.other_end;
+      is_critical[n] = !is_empty && j >= at.block.other_begin && j < at.block.other_end;
       if (is_critical[n] && !is_dense) {
         is_critical[n] = p.map.block_class(first + j * p.map.stride_j) == 1;
         if (keys.table != nullptr) is_critical[n] |= keys.table[j].is_protected != 0;
@@ -49,7 +50,7 @@ __device__ void look_up(const SparseForwardSm90Params& params,
     const bool is_end = idx >= params.num_blocks;
     QueryPlace at{};
     if (!is_end) at = query_place(p.frame, p.wave, idx);
-    if (!is_end && p.is_protected_only && !at.block.is_protected) {
+    if (!Traits::kHasLinear && !is_end && p.is_protected_only && !at.block.is_protected) {
       for (int r = lane_index(); r < at.block.rows; r += kWarpSize) {
         *p.lse.at(at.b, at.h, at.block.begin + r) = -INFINITY;
       }
@@ -59,9 +60,14 @@ __device__ void look_up(const SparseForwardSm90Params& params,
     if (!is_end) fill_list(p, at, shared.lists + list.slot * num_words);
     if (lane_index() == 0) {
       BlockPlace& to = shared.places[place.slot];
-      to = {at.b, at.h, at.h_kv, at.block.begin, at.block.rows, 0};
-      to.mean =
-          (at.b * p.frame.num_kv_heads + at.h_kv) * p.frame.keys.num_sequences + at.block.sequence;
+      to = {at.b, at.h, at.h_kv, at.block.begin, at.block.rows, 0, -1, -1};
+      const int32_t num_sequences = p.frame.keys.num_sequences;
+      to.mean = (at.b * p.frame.num_kv_heads + at.h_kv) * num_sequences + at.block.sequence;
+      if (Traits::kHasLinear && !at.block.is_protected) {
+        const int32_t head = at.b * p.frame.num_heads + at.h;
+        to.z = head * p.frame.queries.num_blocks + at.i;
+        if (at.block.rows < Traits::kHeadDim) to.ragged = at.block.sequence;
+      }
       shared.list_block[list.slot] = is_end ? -1 : place.slot;
     }
     place.advance();
@@ -156,6 +162,7 @@ class SparseForwardSm90Loader {
         if (second.num_keys == 0) break;
         first = runs.template next<kRunK>();
       } while (first.num_keys > 0);
+      if (Traits::kHasLinear && at.z >= 0) load_linear(at);
       __syncwarp();
       if (elect_one()) arrive(shared_.list_empty[list.slot]);
       list.advance();
@@ -193,17 +200,47 @@ class SparseForwardSm90Loader {
       load_run(first.first_key, 0, at);
       if (has_second) load_run(second.first_key, kRunK * 128, at);
     }
+    advance();
+  }
+  /// Z_i to where keys lie, H_i as values: D rows.
+  __device__ __forceinline__ void load_linear(const BlockPlace& at) {
+    wait(shared_.empty[ring_.slot], ring_.parity ^ 1);
+    Barrier& full = shared_.full[ring_.slot];
+    if (elect_one()) {
+      if constexpr (kIsValues) {
+        const bool is_ragged = at.ragged >= 0;
+        const CUtensorMap& map = is_ragged ? params_.ragged_sums : params_.sums;
+        arrive_expecting(full, kHeadDim * kHeadDim * 2);
+#pragma unroll
+        for (int run = 0; run < kHeadDim / kRunK; ++run) {
+          load_rows(map, (is_ragged ? at.ragged * kHeadDim : at.begin) + run * kRunK,
+                    run * kRunK * 128, at.h, at.b);
+        }
+      } else {
+        shared_.infos[ring_.slot] = {0, TileInfo::kLinear};
+        arrive_expecting(full, kHeadDim * 4);
+        load_bytes(shared_.slots[ring_.slot],
+                   params_.forward.linear.sums_z + int64_t{at.z} * kHeadDim, kHeadDim * 4, full);
+      }
+    }
+    advance();
+  }
+  __device__ __forceinline__ void advance() {
     __syncwarp();
     ring_.advance();
     if (kIsValues || !is_first_) ring_.advance();
     is_first_ = false;
   }
   __device__ __forceinline__ void load_run(int32_t first_key, int offset, const BlockPlace& at) {
+    load_rows(kIsValues ? params_.v : params_.k, first_key, offset, at.h_kv, at.b);
+  }
+  __device__ __forceinline__ void load_rows(const CUtensorMap& map, int32_t first, int offset,
+                                            int32_t h, int32_t b) {
     auto* const slot = reinterpret_cast<unsigned char*>(shared_.slots[ring_.slot]);
 #pragma unroll
     for (int slice = 0; slice < Traits::kSlices; ++slice) {
-      load_box(slot + slice * Traits::kSliceBytesK + offset, kIsValues ? params_.v : params_.k,
-               shared_.full[ring_.slot], slice * 64, first_key, at.h_kv, at.b);
+      load_box(slot + slice * Traits::kSliceBytesK + offset, map, shared_.full[ring_.slot],
+               slice * 64, first, h, b);
     }
   }
 

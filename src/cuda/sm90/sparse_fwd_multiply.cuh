@@ -4,7 +4,9 @@
 #pragma once
 
 #include <bit>
+#include <cfloat>
 
+#include "cuda/sm80/feature_map.cuh"
 #include "cuda/sm90/sparse_fwd_shared.cuh"
 
 namespace sparline::cuda {
@@ -26,7 +28,7 @@ class SparseForwardSm90Rows {
         lane_(lane_index()),
         warp_row_(warp_index() * 16 - 64) {}
 
-  __device__ void run() {
+  __device__ __forceinline__ void run() {
     wait(shared_.full[0], 0);
     TileInfo tile = shared_.infos[0];
     if (tile.num_keys == TileInfo::kEnd) return;
@@ -38,7 +40,21 @@ class SparseForwardSm90Rows {
     wait(shared_.full[ring_.slot], ring_.parity);
     tile = shared_.infos[ring_.slot];
     if (tile.block >= 0) load_queries(tile.block);
+    bool was_linear = false;
     while (tile.num_keys != TileInfo::kEnd) {
+      if constexpr (Traits::kHasLinear) {
+        if (tile.block == TileInfo::kLinear) {
+          had_second ? linear_step<kTileK>(tile) : linear_step<kRunK>(tile);
+          was_linear = true;
+          continue;
+        }
+        if (was_linear) {
+          had_second = tile.has_second();
+          had_second ? step<kTileK, kHeadDim, true>(tile) : step<kRunK, kHeadDim, true>(tile);
+          was_linear = false;
+          continue;
+        }
+      }
       const bool has_second = tile.has_second();
       if (has_second) {
         had_second ? step<kTileK, kTileK>(tile) : step<kTileK, kRunK>(tile);
@@ -48,16 +64,20 @@ class SparseForwardSm90Rows {
       had_second = has_second;
     }
     ring_.advance();
-    had_second ? last_step<kTileK>() : last_step<kRunK>();
+    if (Traits::kHasLinear && was_linear) {
+      last_step<kHeadDim, true>();
+    } else {
+      had_second ? last_step<kTileK>() : last_step<kRunK>();
+    }
     // The other warpgroup has arrived once more.
     if (Traits::kTakesTurns && warp_index() < 8) sync_named(kFirstTurn, kMultiplyThreads);
   }
 
  private:
-  __device__ void release(int slot) {
+  __device__ __forceinline__ void release(int slot) {
     if (lane_ == 0) arrive(shared_.empty[slot]);
   }
-  __device__ void reset(int32_t block) {
+  __device__ __forceinline__ void reset(int32_t block) {
     block_ = block;
     row_max_[0] = row_max_[1] = -INFINITY;
     row_sum_[0] = row_sum_[1] = 0.0f;
@@ -76,7 +96,7 @@ class SparseForwardSm90Rows {
   /// S and P of a tile, and P v of the one before; then waits for the next tile and tells of it. A
   /// function of both tiles' widths, so that no branch lies between products: ptxas 13.0 would wait
   /// for each of them (C7515). The scores are a local array for the same reason (C7511).
-  template <int kKeys, int kKeysBefore>
+  template <int kKeys, int kKeysBefore, bool kWasLinear = false>
   __device__ __forceinline__ void step(TileInfo& tile) {
     const bool is_new = tile.block >= 0;
     const int32_t old_block = block_;
@@ -86,7 +106,7 @@ class SparseForwardSm90Rows {
     start_scores<kKeys>(s);
     ring_.advance();
     const int v_slot = ring_.slot;
-    start_values<kKeysBefore>();
+    start_values<kKeysBefore, kWasLinear>();
     ring_.advance();
     if constexpr (Traits::kTakesTurns) arrive_named(3 - warp_index() / 4, kMultiplyThreads);
     wgmma_wait<1>();
@@ -108,7 +128,9 @@ class SparseForwardSm90Rows {
       pack_p<1>(s);
     }
     is_first_ = is_new;
-    if (is_new) {
+    if constexpr (kWasLinear) {
+      finish_combined(old_block);
+    } else if (is_new) {
       finish(old_block, old_max, old_sum);
     } else if (is_raised) {
       rescale();
@@ -117,15 +139,119 @@ class SparseForwardSm90Rows {
     tile = shared_.infos[ring_.slot];
     if (tile.block >= 0) load_queries(tile.block);
   }
-  template <int kKeys>
+  template <int kKeys, bool kWasLinear = false>
   __device__ __forceinline__ void last_step() {
-    start_values<kKeys>();
+    start_values<kKeys, kWasLinear>();
     wgmma_wait<0>();
-    finish(block_, row_max_, row_sum_);
+    if constexpr (kWasLinear) {
+      finish_combined(block_);
+    } else {
+      finish(block_, row_max_, row_sum_);
+    }
+  }
+
+  // The linear tile ----------------------------------------------------------------------------
+
+  /// P v of the last tile of keys; then o_s and what multiplies H_i take their shares of o, so that
+  /// the product with H_i, in the next step, has only to be added: A = phi(q) c / (phi(q) . Z_i).
+  template <int kKeysBefore>
+  __device__ __forceinline__ void linear_step(TileInfo& tile) {
+    const int z_slot = ring_.slot;
+    if constexpr (Traits::kTakesTurns) sync_named(warp_index() / 4, kMultiplyThreads);
+    ring_.advance();
+    const int v_slot = ring_.slot;
+    start_values<kKeysBefore>();
+    ring_.advance();
+    if constexpr (Traits::kTakesTurns) arrive_named(3 - warp_index() / 4, kMultiplyThreads);
+    const BlockPlace& at = shared_.places[block_];
+    const float* const z = reinterpret_cast<const float*>(shared_.slots[z_slot]) + lane_ % 4 * 2;
+    uint32_t a[kHeadDim / 4];
+    float o_share[2];  // a / l
+    bool has_linear[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) make_a(a, at, half, z, o_share[half], has_linear[half]);
+    __syncwarp();
+    release(z_slot);
+    wgmma_wait<0>();
+    release(v_slot);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      o_share[half] *= finish_row(block_, at, half, row_max_[half], row_sum_[half]);
+    }
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 2; ++n) o_[n] *= o_share[n / 2 % 2];
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 4; ++n) {
+      p_frag_[n] = has_linear[n % 2] ? a[n] : 0u;  // 0, even where phi is not finite
+    }
+    is_first_ = false;
+    wait(shared_.full[ring_.slot], ring_.parity);
+    tile = shared_.infos[ring_.slot];
+    if (tile.block >= 0) load_queries(tile.block);
+  }
+  /// feature_map() of a row, but for the hedgehog maps: with two branches, as with five of them
+  /// ptxas is short of registers.
+  __device__ __forceinline__ static void apply_map(FeatureMap map, float (&phi)[kHeadDim / 4]) {
+    if (map == FeatureMap::kSoftmax) return softmax_row(phi);
+    const bool is_elu = map == FeatureMap::kElu1, is_relu = map == FeatureMap::kRelu;
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 4; ++n) {
+      const float x = phi[n];
+      const float e = exp2_approx(fminf(x * kLog2E, 127.0f));
+      phi[n] = is_elu && x <= 0.0f ? e : (is_elu ? x + 1.0f : (is_relu && x <= 0.0f ? 0.0f : x));
+    }
+  }
+  /// A row of A, where the linear branch is not empty; the share a of the row.
+  __device__ __forceinline__ void make_a(uint32_t (&a)[kHeadDim / 4], const BlockPlace& at,
+                                         int half, const float* z, float& o_share,
+                                         bool& has_linear) const {
+    const LinearTail& linear = p_.linear;
+    float phi[kHeadDim / 4];
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      const auto q = std::bit_cast<Pair>(q_[n * 2 + half]);
+      phi[n * 2] = to_float(q.low);
+      phi[n * 2 + 1] = to_float(q.high);
+    }
+    apply_map(linear.feature_map, phi);
+    float sum = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      const float2 of_pair = *reinterpret_cast<const float2*>(z + n * 8);
+      sum = fmaf(phi[n * 2], of_pair.x, fmaf(phi[n * 2 + 1], of_pair.y, sum));
+    }
+    __syncwarp();  // holds back the loads of the other half, for which there are no registers
+    const float den = quad_sum(sum) + linear.epsilon;
+    float share = 1.0f / den;
+    has_linear = den > 0.0f && den <= FLT_MAX && share <= FLT_MAX;
+    o_share = linear.combine == Combine::kLinear ? 0.0f : 1.0f;
+    if (linear.combine == Combine::kBlend && has_linear && row_of(half) < at.rows) {
+      const float logit = *linear.alpha_logit.at(at.b, at.h, at.begin + row_of(half));
+      o_share = 1.0f / (1.0f + __expf(-logit));
+      share *= 1.0f / (1.0f + __expf(logit));
+    }
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      a[n * 2 + half] = pack<bf16>(phi[n * 2] * share, phi[n * 2 + 1] * share);
+    }
+  }
+  /// Adds the bias and stores o.
+  __device__ __forceinline__ void finish_combined(int32_t block) {
+    const BlockPlace at = shared_.places[block];
+    if (p_.linear.bias != nullptr) {
+      const float* const bias = p_.linear.bias + lane_ % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) o_[n * 4 + e] += bias[n * 8 + e % 2];
+      }
+    }
+    store_row(at, 0, 1.0f);
+    store_row(at, 1, 1.0f);
   }
 
   /// The warp's 16 rows of the queries as A fragments.
-  __device__ void load_queries(int32_t block) {
+  __device__ __forceinline__ void load_queries(int32_t block) {
     wait(shared_.q_full, q_parity_);
     q_parity_ ^= 1;
     const int row = warp_row_ + lane_ % 16;
@@ -147,7 +273,7 @@ class SparseForwardSm90Rows {
   };
   /// scale q_r . k_mean of the block's sequence: what lse loses where keys are smoothed. A quad's
   /// first lane keeps it for finish().
-  __device__ void find_lse_shift(int32_t block) {
+  __device__ __forceinline__ void find_lse_shift(int32_t block) {
     const float* const mean =
         p_.k_mean + int64_t{shared_.places[block].mean} * kHeadDim + lane_ % 4 * 2;
     float sum[2] = {0.0f, 0.0f};
@@ -181,16 +307,18 @@ class SparseForwardSm90Rows {
   }
 
   /// Starts o += P v of the tile before, once its values are there.
-  template <int kKeys>
+  /// With kIsLinear o += A H_i, bf16 whatever T is.
+  template <int kKeys, bool kIsLinear = false>
   __device__ __forceinline__ void start_values() {
+    using Operand = std::conditional_t<kIsLinear, bf16, T>;
     wait(shared_.full[ring_.slot], ring_.parity);
     const uint32_t b =
         matrix_descriptor(shared_address(shared_.slots[ring_.slot]), Traits::kSliceBytesK);
     wgmma_fence();
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
-      wgmma<T, kHeadDim, true>(o_, p_frag_ + n * 4, b + (n * 16 * 128 >> 4),
-                               n == 0 ? !is_first_ : 1);
+      wgmma<Operand, kHeadDim, true>(o_, p_frag_ + n * 4, b + (n * 16 * 128 >> 4),
+                                     n == 0 ? !is_first_ : 1);
     }
     wgmma_commit();
   }
@@ -274,7 +402,7 @@ class SparseForwardSm90Rows {
       }
     }
   }
-  __device__ void rescale() {
+  __device__ __forceinline__ void rescale() {
 #pragma unroll
     for (int n = 0; n < kHeadDim / 2; ++n) o_[n] *= factor_[n / 2 % 2];
   }
@@ -288,21 +416,33 @@ class SparseForwardSm90Rows {
   }
 
   /// Divides by the row sums and stores o and lse of a query block.
-  __device__ void finish(int32_t block, const float (&row_max)[2], const float (&row_sum)[2]) {
+  __device__ __forceinline__ void finish(int32_t block, const float (&row_max)[2],
+                                         const float (&row_sum)[2]) {
     const BlockPlace at = shared_.places[block];
-    T* const head = p_.o.head<T>(at.b, at.h) + lane_ % 4 * 8;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int r = row_of(half);
-      const float sum = quad_sum(row_sum[half]);
-      const float inverse = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
-      const bool is_row = r < at.rows;
-      if (is_row && lane_ % 4 == 0) {
-        float lse = sum == 0.0f ? -INFINITY : (row_max[half] + __log2f(sum)) * kLn2;
-        if (p_.k_mean != nullptr) lse -= shared_.lse_shift[block % 3][r];
-        p_.lse.data[at.b * p_.lse.stride_b + at.h * p_.lse.stride_h + at.begin + r] = lse;
-      }
-      T* const row = head + (at.begin + r) * p_.o.stride_n;
+      const float inverse = finish_row(block, at, half, row_max[half], row_sum[half]);
+      store_row(at, half, inverse);
+    }
+  }
+  /// Stores lse of a row; 1 / l of it, 0 where l is.
+  __device__ __forceinline__ float finish_row(int32_t block, const BlockPlace& at, int half,
+                                              float row_max, float row_sum) {
+    const int r = row_of(half);
+    const float sum = quad_sum(row_sum);
+    if (r < at.rows && lane_ % 4 == 0) {
+      float lse = sum == 0.0f ? -INFINITY : (row_max + __log2f(sum)) * kLn2;
+      if (p_.k_mean != nullptr) lse -= shared_.lse_shift[block % 3][r];
+      p_.lse.data[at.b * p_.lse.stride_b + at.h * p_.lse.stride_h + at.begin + r] = lse;
+    }
+    return sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
+  }
+  /// Stores a row of o times `factor`.
+  __device__ __forceinline__ void store_row(const BlockPlace& at, int half, float factor) {
+    const int r = row_of(half);
+    const bool is_row = r < at.rows;
+    T* const row = p_.o.head<T>(at.b, at.h) + lane_ % 4 * 8 + (at.begin + r) * p_.o.stride_n;
+    {
 #pragma unroll
       for (int d = 0; d < kHeadDim; d += 32) {
         // Four lanes hold 32 columns of a row, two of every eight; each shall have eight in a row.
@@ -310,7 +450,7 @@ class SparseForwardSm90Rows {
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
           const float* const o = o_ + d / 2 + n * 4 + half * 2;
-          w[n] = pack<T>(o[0] * inverse, o[1] * inverse);
+          w[n] = pack<T>(o[0] * factor, o[1] * factor);
         }
         exchange<1>(w[0], w[1]);
         exchange<1>(w[2], w[3]);

@@ -7,13 +7,15 @@
 #include "cuda/common/tile.cuh"
 #include "cuda/kernels.h"
 #include "cuda/sm90/ptx.cuh"
+#include "cuda/sm90/ring.cuh"
 
 namespace sparline::cuda {
 
-template <class T_, int kHeadDim_>
+template <class T_, int kHeadDim_, bool kHasLinear_>
 struct SparseForwardSm90Traits {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kHasLinear = kHasLinear_;  // whether blocks end with a linear tile
   static constexpr int kTileQ = 128, kTileK = 128, kRunK = 64;
   static constexpr int kSlices = kHeadDim / 64;  // of 64 columns, one behind the other
   static constexpr int kSlots = kHeadDim == 64 ? 12 : 6;
@@ -34,14 +36,17 @@ struct SparseForwardSm90Traits {
 struct BlockPlace {
   int32_t b, h, h_kv;
   int32_t begin, rows;
-  int32_t mean;  // of its keys: row of k_mean
+  int32_t mean;    // of its keys: row of k_mean
+  int32_t z;       // its row of sums_z; -1: it has no linear tile
+  int32_t ragged;  // which matrix of ragged_sums is its H_i; -1: H_i lies in o
 };
 
 /// What those who load say of a tile of keys.
 struct TileInfo {
   uint32_t num_keys;  // of the first run, and 256 times those of the second; kEnd: no more tiles
-  int32_t block;      // whether a query block begins: its entry in `places`, else -1
+  int32_t block;      // whether a query block begins: its entry in `places`, else -1; or kLinear
   static constexpr uint32_t kEnd = 255, kFull = 64 + 256 * 64;
+  static constexpr int32_t kLinear = -2;  // the linear tile: Z_i among the keys, H_i as values
 
   __device__ bool has_second() const { return num_keys >= 256; }
 };
@@ -62,20 +67,9 @@ struct SparseForwardSm90Shared {
 
 struct SparseForwardSm90Params {
   CUtensorMap q, k, v;
+  CUtensorMap sums, ragged_sums;  // with a linear tile: H_i in o, and elsewhere
   SparseForward forward;
   int32_t num_blocks;  // query blocks of all heads
-};
-
-/// Position in a ring, and the parity of the round: what a barrier's phase is waited for by.
-template <int kSize>
-struct RingCursor {
-  int slot = 0;
-  uint32_t parity = 0;
-  __device__ void advance() {
-    if (++slot < kSize) return;
-    slot = 0;
-    parity ^= 1;
-  }
 };
 
 }  // namespace sparline::cuda

@@ -421,6 +421,7 @@ struct LaunchShape {
   int64_t blocks = 1;
   int threads = 128;
   int64_t shared_bytes = 0;
+  bool is_cooperative = false;
 };
 
 template <class... Params, class... Args>
@@ -435,10 +436,6 @@ void launch(void (*kernel)(Params...), const LaunchShape& shape, void* /*stream*
   };
   emulator::run(reinterpret_cast<const void*>(kernel), shape.blocks, shape.threads,
                 shape.shared_bytes, thread, &context);
-}
-
-inline void fill_zero(void* data, int64_t bytes, void* /*stream*/) {
-  if (bytes != 0) std::memset(data, 0, static_cast<size_t>(bytes));
 }
 
 /// Kernels run one after another here.

@@ -14,7 +14,7 @@
 namespace sparline::cuda {
 namespace emulator {
 
-int64_t num_boxes = 0;
+int64_t num_boxes = 0, num_counts = 0;
 
 namespace {
 
@@ -692,6 +692,7 @@ bool encode_rows(CUtensorMap& map, const Rows& rows, DType, int64_t num_batches,
 
 void count_up(uint32_t* counter) {
   ++*counter;
+  ++emulator::num_counts;
   emulator::note_progress();
 }
 uint32_t count_of(const uint32_t* counter) {

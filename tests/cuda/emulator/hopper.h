@@ -91,6 +91,9 @@ inline void fence_async() {}
 
 // Counters in global memory -----------------------------------------------------------------------
 
+namespace emulator {
+extern int64_t num_counts;  // since the program began: whether kernels ran whose blocks count
+}
 void count_up(uint32_t* counter);
 /// Lets all others go on first: it is read in loops.
 uint32_t count_of(const uint32_t* counter);

@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The sums of states on Hopper, warpgroup 0: one warp loads keys and values, one the states that
+// the product adds up, two tell other CTAs of states. And what the product's warps begin with: the
+// map as bits.
+#pragma once
+
+#include "cuda/sm90/linear_sums_shared.cuh"
+
+namespace sparline::cuda {
+
+template <class Traits>
+__device__ void load_keys(const LinearSumsParams& params, LinearSumsShared<Traits>& shared) {
+  const Frame& frame = params.linear.frame;
+  RingCursor<Traits::kKeySlots> ring;
+  for (auto unit = static_cast<int32_t>(blockIdx.x); unit < params.num_units;
+       unit += static_cast<int32_t>(gridDim.x), ring.advance()) {
+    const int32_t pair = unit / frame.keys.num_blocks, j = unit % frame.keys.num_blocks;
+    const int32_t b = pair / frame.num_kv_heads, h = pair % frame.num_kv_heads;
+    const int32_t begin = frame.keys.block(j).begin;
+    wait(shared.key_empty[ring.slot], ring.parity ^ 1);
+    if (elect_one()) {
+      auto& slot = shared.key_slots[ring.slot];
+      Barrier& full = shared.key_full[ring.slot];
+      arrive_expecting(full, 2 * Traits::kSlices * Traits::kSliceBytes);
+#pragma unroll
+      for (int slice = 0; slice < Traits::kSlices; ++slice) {
+        load_box_once(slot.k + slice * Traits::kSliceBytes / 2, params.k, full, slice * 64, begin,
+                      h, b);
+        load_box_once(slot.v + slice * Traits::kSliceBytes / 2, params.v, full, slice * 64, begin,
+                      h, b);
+      }
+    }
+    __syncwarp();
+  }
+}
+
+/// The chunks of states that are known to be there, 32 at a time: asking takes as long as the
+/// product of a chunk.
+template <class Traits>
+class ReadyChunks {
+ public:
+  __device__ explicit ReadyChunks(const LinearSumsParams& params) : params_(params) {}
+
+  __device__ void wait_for(int32_t pair, int32_t chunk) {
+    const int32_t first = chunk / 32 * 32;
+    if (pair != pair_ || first != first_) {
+      pair_ = pair;
+      first_ = first;
+      is_ready_ = 0;
+    }
+    [[maybe_unused]] int num_polls = 0;
+    while ((is_ready_ >> (chunk - first) & 1) == 0) {
+      const int32_t own = first + lane_index();
+      const int32_t num_left = params_.linear.frame.keys.num_blocks - own * Traits::kChunk;
+      const uint32_t num = static_cast<uint32_t>(min(num_left, Traits::kChunk));
+      is_ready_ = __ballot_sync(
+          kAllLanes, num_left > 0 && count_of(params_.chunk_ready + int64_t{pair} * params_.chunks +
+                                              own) >= num);
+      fence_async();
+#ifdef SPARLINE_WATCHDOG
+      if (++num_polls > SPARLINE_WATCHDOG) __trap();
+#endif
+    }
+  }
+
+ private:
+  const LinearSumsParams& params_;
+  int32_t pair_ = -1, first_ = 0;
+  uint32_t is_ready_ = 0;
+};
+
+template <class Traits>
+__device__ void load_sums(const LinearSumsParams& params, LinearSumsShared<Traits>& shared) {
+  const Frame& frame = params.linear.frame;
+  constexpr int kChunk = Traits::kChunk, kTileN = Traits::kTileN;
+  constexpr int kTilesH = Traits::kHeadDim * Traits::kHeadDim / kTileN;  // the other is of z
+  RingCursor<Traits::kSumSlots> ring;
+  ReadyChunks<Traits> ready(params);
+  int32_t last_head = -1;
+  for (auto idx = static_cast<int32_t>(blockIdx.x); idx < params.num_tiles;
+       idx += static_cast<int32_t>(gridDim.x)) {
+    const SumTile tile(params, idx);
+    const ChunkRange range = chunk_range<Traits>(params, tile.m);
+    const int32_t pair = tile.head / frame.group();
+    if (tile.head != last_head) {
+      last_head = tile.head;
+      wait_for_count(params.bits_ready + tile.head,
+                     static_cast<uint32_t>(params.tiles_m * Traits::kTileM));
+    }
+    const bool is_z = tile.n == kTilesH;
+    const CUtensorMap& map = is_z ? params.z : params.states;
+    const int32_t column = is_z ? 0 : tile.n * kTileN;
+    const int32_t place = pair % params.slots;
+    for (int32_t chunk = range.begin; chunk < range.end; ++chunk, ring.advance()) {
+      ready.wait_for(pair, chunk);
+      wait(shared.sum_empty[ring.slot], ring.parity ^ 1);
+      if (elect_one()) {
+        Barrier& full = shared.sum_full[ring.slot];
+        arrive_expecting(full, kChunk * kTileN * 2);
+#pragma unroll
+        for (int slice = 0; slice < kTileN / 64; ++slice) {  // past the end of z: zeros
+          load_box(shared.sum_slots[ring.slot] + slice * kChunk * 64, map, full,
+                   column + slice * 64, chunk * kChunk, place, 0);
+        }
+      }
+      __syncwarp();
+    }
+  }
+}
+
+/// Tells other CTAs of the states that a warpgroup has stored. They are at rest only thousands of
+/// clocks after they were stored, for which this warp waits in its place.
+template <class Traits>
+__device__ void announce_states(const LinearSumsParams& params, LinearSumsShared<Traits>& shared,
+                                int group) {
+  const int32_t num_blocks = params.linear.frame.keys.num_blocks;
+  RingCursor<Traits::kAnnouncements> ring;
+  for (int32_t unit = static_cast<int32_t>(blockIdx.x + group * gridDim.x); unit < params.num_units;
+       unit += static_cast<int32_t>(2 * gridDim.x), ring.advance()) {
+    const int32_t pair = unit / num_blocks, chunk = unit % num_blocks / Traits::kChunk;
+    wait(shared.stored[group][ring.slot], ring.parity);
+    if (lane_index() == 0) {
+      fence_async();
+      count_up(params.chunk_ready + int64_t{pair} * params.chunks + chunk);
+      arrive(shared.announced[group][ring.slot]);
+    }
+    __syncwarp();
+  }
+}
+
+/// Rows of the map as bits: a row of 64 key blocks is two words, in each of which bit n is block
+/// 2 n and bit 16 + n block 2 n + 1, so that a shift and a mask give two neighbours of a fragment.
+template <class Traits>
+__device__ void make_bits(const LinearSumsParams& params, int first_warp, int num_warps) {
+  constexpr int kTileM = Traits::kTileM, kTogether = 8;
+  const LinearParams& p = params.linear;
+  const Axis& queries = p.frame.queries;
+  const Axis& keys = p.frame.keys;
+  const int32_t rows_per_head = params.tiles_m * kTileM;
+  const int32_t num_rows = p.frame.batch * p.frame.num_heads * rows_per_head;
+  const int lane = lane_index();
+  const int lane_block = lane < 16 ? 2 * lane : 2 * lane - 31;
+  for (int32_t row = static_cast<int32_t>(blockIdx.x) * num_warps + first_warp; row < num_rows;
+       row += static_cast<int32_t>(gridDim.x) * num_warps) {
+    const int32_t head = row / rows_per_head, i = row % rows_per_head;
+    BlockInfo query{};
+    if (i < queries.num_blocks) query = queries.block(i);
+    const bool is_all = p.scope == LinearScope::kAll;
+    const bool is_empty = query.is_protected || (!is_all && p.map.data == nullptr);
+    const auto* const classes =
+        static_cast<const int8_t*>(p.map.data) +
+        p.map.offset(head / p.frame.num_heads, head % p.frame.num_heads, i, 0);
+    uint2* const out = params.bits +
+                       (int64_t{head} * params.tiles_m + i / kTileM) * params.chunks * kTileM +
+                       i % kTileM;
+    const int32_t num_words = params.chunks * 2;
+    uint32_t any = 0;
+    for (int32_t first = 0; first < num_words; first += kTogether) {
+      bool is_member[kTogether];
+#pragma unroll
+      for (int n = 0; n < kTogether; ++n) {
+        const int32_t j = (first + n) * 32 + lane_block;
+        is_member[n] = !is_empty && j >= query.other_begin && j < query.other_end;
+        if (is_member[n] && !is_all) {
+          const int8_t value = classes[j * p.map.stride_j];
+          is_member[n] = p.scope == LinearScope::kMarginal ? value == 0 : value != 1;
+          if (keys.table != nullptr) is_member[n] &= keys.table[j].is_protected == 0;
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kTogether; n += 2) {
+        const uint32_t low = __ballot_sync(kAllLanes, is_member[n]);
+        const uint32_t high = __ballot_sync(kAllLanes, is_member[n + 1]);
+        any |= low | high;
+        if (lane == 0 && first + n < num_words) {
+          out[int64_t{(first + n) / 2} * kTileM] = make_uint2(low, high);
+        }
+      }
+    }
+    if (lane == 0) {
+      params.empty_rows[row] = any == 0 ? NAN : 0.0f;
+      count_up(params.bits_ready + head);
+    }
+  }
+}
+
+}  // namespace sparline::cuda

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The sums of states on Hopper, warpgroups 3 and 4: the product of the map with the states.
+//   H_i = the sum over j in E_i of h_j, Z_i likewise
+#pragma once
+
+#include "cuda/sm90/linear_sums_shared.cuh"
+
+namespace sparline::cuda {
+
+/// 64 of the 128 rows of every tile, for one warpgroup. The map comes as bits, which become A
+/// fragments of ones and zeros in registers. Products of 64 columns would take as long as those of
+/// 128: as long as A takes to leave the registers.
+template <class Traits>
+class LinearProduct {
+  static constexpr int kHeadDim = Traits::kHeadDim;
+  static constexpr int kTileM = Traits::kTileM, kTileN = Traits::kTileN;
+  static_assert(kTileM == 128 && kTileN == 128);
+
+ public:
+  __device__ LinearProduct(const LinearSumsParams& params, LinearSumsShared<Traits>& shared,
+                           int group)
+      : params_(params),
+        shared_(shared),
+        lane_(lane_index()),
+        row_(group * 64 + warp_index() % 4 * 16 + lane_ / 4) {}
+
+  __device__ void run() {
+    for (auto idx = static_cast<int32_t>(blockIdx.x); idx < params_.num_tiles;
+         idx += static_cast<int32_t>(gridDim.x)) {
+      const SumTile tile(params_, idx);
+      const ChunkRange range = chunk_range<Traits>(params_, tile.m);
+      add_chunks(tile, range);
+      if (threadIdx.x % 128 == 0) {
+        count_up(params_.pair_done + tile.head / params_.linear.frame.group());
+      }
+      store(tile, range.begin == range.end);
+    }
+  }
+
+ private:
+  /// Two neighbours of a row of the map as bf16: bits kShift and 16 + kShift.
+  template <int kShift>
+  __device__ __forceinline__ static uint32_t ones(uint32_t word) {
+    static_assert(kShift <= 7);
+    constexpr uint32_t kOne = 0x3f80;  // 7 bits that end at bit 7
+    return (word & (0x00010001u << kShift)) * (kOne >> kShift);
+  }
+
+  __device__ __forceinline__ void add_chunks(const SumTile& tile, const ChunkRange& range) {
+#pragma unroll
+    for (int n = 0; n < kTileN / 2; ++n) sum_[n] = 0.0f;
+    const uint2* bits =
+        params_.bits +
+        ((int64_t{tile.head} * params_.tiles_m + tile.m) * params_.chunks + range.begin) * kTileM +
+        row_;
+    uint2 next[2] = {};  // of rows g and g + 8
+    const auto load_bits = [&] {
+      next[0] = __ldcg(bits);
+      next[1] = __ldcg(bits + 8);
+      bits += kTileM;
+    };
+    if (range.begin < range.end) {
+      wait(shared_.sum_full[ring_.slot], ring_.parity);  // by then the map is there too
+      load_bits();
+    }
+    for (int32_t chunk = range.begin; chunk < range.end; ++chunk, ring_.advance()) {
+      // All of A first: ptxas 13.0 waits for every product between whose start and end a register
+      // of another one is written (C7513). The other warpgroup multiplies meanwhile.
+      uint32_t a[Traits::kChunk / 4];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const uint32_t words[2] = {next[n].x >> lane_ % 4, next[n].y >> lane_ % 4};
+#pragma unroll
+        for (int k = 0; k < Traits::kChunk / 16; ++k) {
+          const uint32_t word = words[k / 2] >> (k % 2 * 8);
+          a[k * 4 + n] = ones<0>(word);
+          a[k * 4 + n + 2] = ones<4>(word);
+        }
+      }
+      // Made here, and not between the products, where ptxas would wait for them.
+#pragma unroll
+      for (int n = 0; n < Traits::kChunk / 4; ++n) asm volatile("" : "+r"(a[n]));
+      if (chunk + 1 < range.end) load_bits();
+      wait(shared_.sum_full[ring_.slot], ring_.parity);
+      const uint32_t b =
+          matrix_descriptor(shared_address(shared_.sum_slots[ring_.slot]), Traits::kSliceBytes);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < Traits::kChunk / 16; ++k) {
+        wgmma<bf16, kTileN, true>(sum_, a + k * 4, b + (k * 2048 >> 4), 1);
+      }
+      wgmma_commit();
+      wgmma_wait<0>();
+      __syncwarp();
+      if (lane_ == 0) arrive(shared_.sum_empty[ring_.slot]);
+    }
+  }
+
+  __device__ __forceinline__ void store(const SumTile& tile, bool is_empty) {
+    const Frame& frame = params_.linear.frame;
+    constexpr int kTilesH = kHeadDim * kHeadDim / kTileN;
+    const int32_t b = tile.head / frame.num_heads, h = tile.head % frame.num_heads;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int32_t i = tile.m * kTileM + row_ + half * 8;
+      const float* const x = sum_ + half * 2;
+      if (i >= frame.queries.num_blocks) continue;
+      if (tile.n == kTilesH) {
+        float* const to = params_.sums_z +
+                          (int64_t{tile.head} * frame.queries.num_blocks + i) * kHeadDim +
+                          lane_ % 4 * 2;
+        const float empty =
+            is_empty ? NAN : params_.empty_rows[int64_t{tile.head} * params_.tiles_m * kTileM + i];
+#pragma unroll
+        for (int f = 0; f < kHeadDim / 8; ++f) {
+          *reinterpret_cast<float2*>(to + f * 8) =
+              make_float2(x[f * 4] + empty, x[f * 4 + 1] + empty);
+        }
+        continue;
+      }
+      const BlockInfo block = frame.queries.block(i);
+      if (block.is_protected) continue;
+      bf16* first;  // row 0 of H_i
+      int64_t stride = kHeadDim;
+      if (block.rows >= kHeadDim) {
+        first = params_.o.head<bf16>(b, h) + block.begin * params_.o.stride_n;
+        stride = params_.o.stride_n;
+      } else {
+        const int64_t matrix = int64_t{tile.head} * frame.queries.num_sequences + block.sequence;
+        first = params_.ragged + matrix * kHeadDim * kHeadDim;
+      }
+#pragma unroll
+      for (int n = 0; n < kTileN; n += 32) {
+        const float* const y = x + n / 2;
+        const int f = tile.n * (kTileN / kHeadDim) + n / kHeadDim, d = n % kHeadDim;
+        *reinterpret_cast<uint4*>(first + f * stride + d + lane_ % 4 * 8) =
+            make_uint4(pack<bf16>(y[0], y[1]), pack<bf16>(y[4], y[5]), pack<bf16>(y[8], y[9]),
+                       pack<bf16>(y[12], y[13]));
+      }
+    }
+  }
+
+  const LinearSumsParams& params_;
+  LinearSumsShared<Traits>& shared_;
+  const int lane_, row_;
+  RingCursor<Traits::kSumSlots> ring_;
+  float sum_[kTileN / 2];
+};
+
+}  // namespace sparline::cuda
