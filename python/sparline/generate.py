@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 import sparline
-from sparline import video
+from sparline import demo, video
 from sparline.machine import describe_device
 from sparline.methods import METHODS, Method, options_of
 
@@ -37,11 +37,14 @@ class InputError(ValueError):
 
 @dataclass(frozen=True)
 class Variant:
-    """A column of the comparison: a label and what to apply."""
+    """A column of the comparison: a label and what to apply; if nothing, the model as it came."""
 
     label: str
-    method: Method | None  # None: the model as it came
+    method: Method | None = None
     state: Path | None = None  # learned tensors
+    tuned: Path | None = (
+        None  # a fine-tuned model, which brings its method; with neither, as it came
+    )
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Result:
 
 def parse_variants(spec: str, options: Sequence[str], state: Path | None = None) -> list[Variant]:
     """Variants from the command line: ``dense,sla:keep_ratio=0.05`` and common ``key=value``
-    options.
+    options; beside methods the names of ``demo.TUNED`` and folders that ``sparline train`` wrote.
 
     A common option goes to every method that has it; one that no method has is an error.
     """
@@ -88,13 +91,17 @@ def parse_variants(spec: str, options: Sequence[str], state: Path | None = None)
     unused = set(common)
     variants = []
     for item in filter(None, (part.strip() for part in spec.split(","))):
+        if item in demo.TUNED or "/" in item:
+            variants.append(Variant(item.rstrip("/"), tuned=demo.TUNED.get(item, Path(item))))
+            continue
         name, *own = item.split(":")
         if name == ORIGINAL:
-            variants.append(Variant(item, None))
+            variants.append(Variant(item))
             continue
         if name not in METHODS:
             raise InputError(
-                f"method: it must be one of {ORIGINAL}, {', '.join(METHODS)}, got {name!r}."
+                f"method: it must be one of {ORIGINAL}, {', '.join(METHODS)}, a fine-tuned model "
+                f"({', '.join(demo.TUNED)}) or a folder of one, ./run/final, got {name!r}."
             )
         known = set(options_of(METHODS[name]))
         chosen = {key: value for key, value in common.items() if key in known}
@@ -154,8 +161,6 @@ def load_pipeline(model: str | None) -> Any:
 
     host: Any = diffusers
     if model is None:
-        from sparline import demo
-
         return demo.load_pipeline()
     folder = Path(model)
     looks_local = folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1
@@ -235,8 +240,11 @@ def for_init_video(pipeline: Any) -> Any:
     )
 
 
-def apply_variant(pipeline: Any, variant: Variant, job: Job) -> None:
-    """Applies the variant's method; raises InputError if the model cannot take it."""
+def apply_variant(pipeline: Any, variant: Variant, job: Job) -> Any:
+    """The pipeline with the variant's method, or one around its fine-tuned model. Raises InputError
+    if the model cannot take it."""
+    if variant.tuned is not None:
+        return _tuned_pipeline(pipeline, variant.tuned, job)
     try:
         sparline.restore(pipeline)
         if variant.method is not None:
@@ -247,13 +255,63 @@ def apply_variant(pipeline: Any, variant: Variant, job: Job) -> None:
             sparline.load_state(pipeline, variant.state)
     except (TypeError, ValueError, OSError) as error:
         raise InputError(str(error)) from error
+    return pipeline
+
+
+def _tuned_pipeline(pipeline: Any, folder: Path, job: Job) -> Any:
+    """The pipeline's parts around the transformer of ``folder``, with the method it was tuned
+    with."""
+    from sparline.integrations.diffusers import read_state
+
+    weights, state = folder / "transformer", folder / "sparline.safetensors"
+    if not (weights / "config.json").is_file():
+        raise InputError(
+            f"method: {folder} must be a fine-tuned model, a folder with transformer/config.json "
+            "as sparline train leaves it in output_dir/final, and it is not."
+        )
+    if job.dense_layers:
+        raise InputError(
+            f"--dense-layers: {folder} was tuned with layers of its own, got "
+            f"{','.join(map(str, job.dense_layers))}. Leave the option out."
+        )
+    if pipeline.transformer is None or getattr(pipeline, "transformer_2", None) is not None:
+        raise InputError(
+            f"method: {folder} holds one transformer, and the pipeline has another number of them. "
+            "Load it as docs/training.md shows."
+        )
+    kind, wanted = type(pipeline.transformer), dict(pipeline.transformer.config)
+    try:
+        transformer = kind.from_pretrained(weights, torch_dtype=pipeline.transformer.dtype)
+        found = dict(transformer.config)
+        for name in ("in_channels", "out_channels", "patch_size", "text_dim"):
+            if found.get(name) != wanted.get(name):
+                raise InputError(
+                    f"method: {folder} must fit the model, whose {name} is {wanted.get(name)}, got "
+                    f"{found.get(name)}. Pass the --model that it was tuned from."
+                )
+        if state.is_file():
+            found_state = read_state(state)
+            sparline.apply(
+                transformer,
+                found_state.method,
+                dense_steps=max(job.dense_steps, found_state.dense_steps),
+                dense_layers=found_state.dense_layers,
+            )
+            sparline.load_state(transformer, state)
+        transformer.to(pipeline.transformer.device)
+    except InputError:
+        raise
+    except Exception as error:  # whatever the host raises for a broken file
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"method: {folder} cannot be loaded: {reason}") from error
+    return type(pipeline).from_pipe(pipeline, transformer=transformer)
 
 
 def generate(pipeline: Any, variant: Variant, job: Job, on_step: Callable[[int], None]) -> Result:
     """Runs one variant. ``on_step(done)`` is called after each step."""
     from sparline.integrations.probe import AttentionProbe
 
-    apply_variant(pipeline, variant, job)
+    pipeline = apply_variant(pipeline, variant, job)
     pipeline.set_progress_bar_config(disable=True)
     device = pipeline._execution_device
     arguments: dict[str, Any] = {
@@ -322,7 +380,7 @@ def write_results(folder: Path, job: Job, results: Sequence[Result], extension: 
     clips, labels = [r.clip for r in results], [r.label for r in results]
     written = []
     for result in results:
-        name = result.label.replace(":", "_").replace("=", "")
+        name = result.label.strip("./").replace("/", "_").replace(":", "_").replace("=", "")
         written.append(folder / f"{name}{extension}")
         video.write_clip(written[-1], result.clip)
     if job.init_video is not None:

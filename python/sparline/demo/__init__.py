@@ -15,10 +15,13 @@ import torch
 if TYPE_CHECKING:
     from .pipeline import DemoPipeline
 
-__all__ = ["HELD_OUT_CLASS", "HELD_OUT_VIDEO", "WEIGHTS", "load_pipeline"]
+__all__ = ["HELD_OUT_CLASS", "HELD_OUT_VIDEO", "TUNED", "WEIGHTS", "load_pipeline"]
 
 #: The bundled weights, in diffusers' layout; MODEL_CARD.md beside them says how they were made.
 WEIGHTS = Path(__file__).parent / "weights"
+
+#: The bundled model fine-tuned with SLA2 at 95 and 97 % sparsity, as ``sparline train`` leaves it.
+TUNED = {name: WEIGHTS / name for name in ("sla2-95", "sla2-97")}
 
 #: 20 frames of 64 x 64 from the part of Big Buck Bunny that training never saw, and its class.
 #: (c) 2008 Blender Foundation, www.bigbuckbunny.org, CC BY 3.0; cropped and scaled.

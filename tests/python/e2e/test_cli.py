@@ -108,6 +108,65 @@ def test_learned_state_is_used(model: str, tmp_path: Path) -> None:
     assert video.psnr(plain, learned) < 60
 
 
+def test_a_fine_tuned_model_brings_its_weights_and_method(model: str, tmp_path: Path) -> None:
+    transformer = diffusers.WanTransformer3DModel.from_pretrained(model)
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.05)
+    final = tmp_path / "final"
+    transformer.save_pretrained(final / "transformer")
+    sparline.apply(transformer, sparline.SLA2(keep_ratio=0.3, num_alphas=2))
+    sparline.save_state(transformer, final / "sparline.safetensors")
+    base = ["generate", "--model", model, *SIZE]
+    methods = f"original,{final},original"
+    out = tmp_path / "out"
+    result = run(*base, "--compare", methods, "--out", str(out))
+    assert result.exit_code == 0, result.output
+    first, tuned, last = json.loads((out / "results.json").read_text())["results"]
+    assert tuned["label"] == str(final)
+    assert tuned["sparsity"] > 0.5
+    assert tuned["psnr_db"] < 40
+    assert last["psnr_db"] > 60  # the model itself was left alone
+    assert first["sparsity"] == last["sparsity"] == 0.0
+    # The same as the training guide's two lines.
+    loaded = diffusers.WanTransformer3DModel.from_pretrained(final / "transformer")
+    loaded.save_pretrained(tmp_path / "alone")
+    own = ["generate", "--model", str(tmp_path / "alone"), *SIZE, "--state", str(state_of(final))]
+    own += ["--method", "sla2:keep_ratio=0.3:num_alphas=2"]
+    result = run(*own, "--out", str(tmp_path / "own"))
+    assert result.exit_code == 0, result.output
+    (clip,) = (tmp_path / "own").glob("sla2*.mp4")
+    (same,) = out.glob("*final.mp4")
+    assert video.psnr(*(video.read_clip(x, 4, 32, 32) for x in (clip, same))) > 60
+    result = run(*base, "--method", str(final), "--dense-steps", "2", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    assert json.loads((out / "results.json").read_text())["results"][0]["sparsity"] == 0.0
+    arguments = ["--method", str(final), "--dense-layers", "0", "--out", str(out)]
+    assert_one_line(run(*base, *arguments), "was tuned with layers of its own")
+
+
+def state_of(final: Path) -> Path:
+    return final / "sparline.safetensors"
+
+
+def test_fine_tuned_models_that_cannot_be_used(model: str, tmp_path: Path) -> None:
+    base = ["generate", "--model", model, *SIZE, "--out", str(tmp_path / "out")]
+    assert_one_line(run(*base, "--method", f"{tmp_path}/no"), "must be a fine-tuned model")
+    other = tmp_path / "other" / "transformer"
+    diffusers.WanTransformer3DModel(
+        num_attention_heads=1,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=128,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=64,
+    ).save_pretrained(other)
+    assert_one_line(run(*base, "--method", str(other.parent)), "in_channels is 3, got 4")
+    (weights,) = other.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert_one_line(run(*base, "--method", str(other.parent)), "cannot be loaded")
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

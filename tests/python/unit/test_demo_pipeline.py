@@ -14,9 +14,11 @@ pytest.importorskip("diffusers")
 
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
+import sparline
 from sparline import demo
 from sparline.demo.data import CLASSES
 from sparline.demo.pipeline import TRANSFORMER_CONFIG, DemoPipeline, class_embeddings
+from sparline.train.router import attentions
 
 TINY = {
     "attention_head_dim": 12,
@@ -198,6 +200,26 @@ def test_bundled_model_is_what_the_card_says() -> None:
     for name, value in TRANSFORMER_CONFIG.items():
         found = bundled.transformer.config[name]
         assert (tuple(found) if isinstance(found, list) else found) == value
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(demo.TUNED))
+def test_tuned_models_are_the_bundled_one_with_sla2(name: str) -> None:
+    dense = demo.load_pipeline().transformer
+    tuned = type(dense).from_pretrained(demo.TUNED[name] / "transformer", torch_dtype=torch.float32)
+    sparline.load_state(tuned, demo.TUNED[name] / "sparline.safetensors")
+    method = next(iter(attentions(tuned).values())).method
+    assert isinstance(method, sparline.SLA2)
+    assert method.keep_ratio == {"sla2-95": 0.05, "sla2-97": 0.03}[name]
+    before = dict(dense.named_parameters())
+    moved = [
+        float((p - before[n]).norm() / before[n].norm())
+        for n, p in tuned.named_parameters()
+        if n in before and before[n].norm() > 0
+    ]
+    assert 0.001 < sum(moved) / len(moved) < 0.5  # fine-tuned, not trained anew
+    alphas = [m.alpha_logit.sigmoid() for m in attentions(tuned).values()]  # type: ignore[operator]
+    assert all(0.0 < float(a.min()) < float(a.max()) < 1.0 for a in alphas)
 
 
 def test_bundled_model_denoises_the_held_out_clip() -> None:
