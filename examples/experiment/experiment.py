@@ -71,7 +71,7 @@ class Row:
     method: dict[str, Any]
     has_ratio: bool = True
     density_by: str = "keep_ratio"
-    uses_router: bool = False  # starts from what stage 1 learned
+    router: str | None = None  # starts from what stage 1 learned under this name
     is_free: bool = False  # not trained
     seeds: int = 1  # at the first ratio; one at the others
     keep: bool = False  # the weights stay on disk
@@ -91,6 +91,8 @@ class Piece:
     def name(self) -> str:
         if self.row is None:
             return self.kind
+        if self.kind == "router":
+            return f"router-{self.row.router}"
         if self.kind == "time":
             return f"time-{self.row.name}"
         ratio = "" if self.ratio is None else f"-{self.ratio:g}"
@@ -128,8 +130,9 @@ class Experiment:
         """Everything, the most telling first."""
         found = [Piece("start")] if "start" in self.settings else []
         found += [Piece("train", row) for row in self.rows if row.name == "dense"]
-        if any(row.uses_router for row in self.rows):
-            found.append(Piece("router"))
+        # One for each name, with the method of the first row that asks for it.
+        routers = {row.router: row for row in reversed(self.rows) if row.router is not None}
+        found += [Piece("router", row) for row in reversed(routers.values())]
         for place, ratio in enumerate(self.settings["ratios"]):
             for row in self.rows:
                 kind = "free" if row.is_free else "train"
@@ -160,8 +163,8 @@ class Experiment:
         """Names of the pieces that must be done before."""
         has_start = "start" in self.settings and piece.kind != "start"
         first = ["start"] if has_start else []
-        if piece.row is not None and piece.row.uses_router:
-            first.append("router")
+        if piece.kind != "router" and piece.row is not None and piece.row.router is not None:
+            first.append(f"router-{piece.row.router}")
         return [*first, "dense-seed0"] if piece.kind == "free" else first
 
     def run(self) -> int:
@@ -245,7 +248,7 @@ class Experiment:
             else torch.cuda.get_device_name(),
             "torch": torch.__version__,
         }
-        if row is not None:
+        if row is not None and piece.kind != "router":
             described |= {
                 "row": row.name,
                 "words": row.words,
@@ -295,7 +298,7 @@ class Experiment:
                 "training": {"max_minutes": max(0.01, self.minutes_left())},
             },
         )
-        own = piece.row.set if piece.row is not None else ()
+        own = piece.row.set if piece.row is not None and piece.kind != "router" else ()
         return train.from_dict(merged, [*own, *self.args.set, *last])
 
     def scenes(self) -> Path:
@@ -326,7 +329,8 @@ class Experiment:
         return told
 
     def train_router(self, piece: Piece) -> dict[str, Any]:
-        row = next(row for row in self.rows if row.uses_router)
+        row = piece.row
+        assert row is not None
         config = self.config(piece, row.method, self.settings["router"], {"task": "router"})
 
         def show(done: int, total: int, words: str) -> None:
@@ -342,7 +346,7 @@ class Experiment:
             ]
             for line in map(json.loads, told)
         }
-        return {"errors": errors, "training_minutes": minutes_since(begin)}
+        return {"router": row.router, "errors": errors, "training_minutes": minutes_since(begin)}
 
     def train(self, config: train.Config) -> tuple[train.Trainer, dict[str, Any]]:
         """Runs to the end or out of time; the trainer, and what is to be told of the training."""
@@ -387,8 +391,8 @@ class Experiment:
         assert row is not None
         method = self.at_density(row, piece.ratio)
         sections: list[dict[str, Any]] = []
-        if row.uses_router:
-            state = self.folder / "router" / f"router-{piece.ratio:g}.safetensors"
+        if row.router is not None:
+            state = self.folder / f"router-{row.router}" / f"router-{piece.ratio:g}.safetensors"
             sections.append({"model": {"state": str(state)}})
         config = self.config(piece, method, *sections)
         trainer, told = self.train(config)
@@ -593,7 +597,12 @@ class Experiment:
 
         folder, row = self.folder, piece.row
         against = folder / f"dense-seed{piece.seed}" / "clips.npz"
-        if row is None or piece.kind == "time" or row.name == "dense" or not against.is_file():
+        if (
+            row is None
+            or piece.kind in ("time", "router")
+            or row.name == "dense"
+            or not against.is_file()
+        ):
             return {}
         told = {}
         with np.load(against) as dense, np.load(folder / piece.name / "clips.npz") as clips:

@@ -125,8 +125,9 @@ def rows_of(everything: list[Result]) -> list[Result]:
 def router_table(result: Result) -> str:
     """What stage 1 made of the router, by ratio."""
     lines = [
-        "### The router\n\nRelative square error of SLA2's attention, hard router, held-out clips, "
-        "mean over layers: before its training on the dense model, after it, with α fitted once "
+        f"### The router, {result['router']}\n\n"
+        "Relative square error of SLA2's attention, hard router, held-out clips, mean over layers: "
+        "before its training on the dense model, after it, with α fitted once "
         "more behind it, and of what was kept, which is the best of these.\n\n"
         "| sparsity | before | trained | α fitted | kept |\n|---:|---:|---:|---:|---:|\n"
     ]

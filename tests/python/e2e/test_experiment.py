@@ -40,7 +40,7 @@ ROWS: list[dict[str, Any]] = [
         "name": "sla2",
         "words": "SLA2",
         "method": {"name": "sla2", "num_alphas": 16, **BLOCKS},
-        "uses_router": True,
+        "router": "raster",
         "set": ["parameters.alpha.learning_rate=0.1"],
     },
     {"name": "linear", "words": "linear", "method": {"name": "linear"}, "has_ratio": False},
@@ -74,7 +74,7 @@ ROWS: list[dict[str, Any]] = [
 PIECES = [
     "start",
     "dense-seed0",
-    "router",
+    "router-raster",
     "sparse-0.25-seed0",
     "sla2-0.25-seed0",
     "linear-seed0",
@@ -158,11 +158,11 @@ def test_all_pieces_and_the_page(
     text = (toy / "out" / "toy" / "results.jsonl").read_text()
     results = {r["piece"]: r for r in map(json.loads, text.splitlines())}
     assert list(results) == PIECES
-    *errors, kept = results["router"]["errors"]["0.25"]  # before, trained, fitted
+    *errors, kept = results["router-raster"]["errors"]["0.25"]  # before, trained, fitted
     assert len(errors) == 3
     assert kept == min(errors) > 0
     for name, r in results.items():
-        if name in ("start", "router"):
+        if name in ("start", "router-raster"):
             continue
         assert len(r["held_out"]) == 6, name
         assert r["held_out_loss"] == pytest.approx(statistics.fmean(x for _, x in r["held_out"]))
@@ -237,7 +237,7 @@ def test_two_processes_share_the_pieces(
     assert two.claim(piece)
     needs = {p.name: one.needs(p) for p in one.all_pieces()}
     assert needs["start"] == []
-    assert needs["sla2-0.25-seed0"] == ["start", "router"]
+    assert needs["sla2-0.25-seed0"] == ["start", "router-raster"]
     assert needs["free_top_p-0.25-seed0"] == ["start", "dense-seed0"]
 
 
