@@ -9,6 +9,7 @@ Every row of the configuration is fine-tuned from one dense model, on the same c
 noise, for the same steps, at each ratio of kept blocks; rows that need no training are run on the
 dense model as it is. The work is cut into pieces, one for each row, ratio and seed, whose state
 lies under --out: finished pieces are skipped, and one that --minutes interrupts goes on to the bit.
+Only training is interrupted: what is measured of a piece after it may take a minute more.
 With --processes each takes the next piece that is free; several on one GPU fill one another's gaps,
 but then no step is timed: --time does that, in a run of one process for each GPU.
 results.jsonl holds a line for each finished piece.
@@ -595,21 +596,22 @@ class Experiment:
         """PSNR and SSIM against the clips of the dense row, where that is done."""
         from sparline import video
 
-        folder, row = self.folder, piece.row
-        against = folder / f"dense-seed{piece.seed}" / "clips.npz"
-        if (
-            row is None
-            or piece.kind in ("time", "router")
-            or row.name == "dense"
-            or not against.is_file()
-        ):
+        row, folder = piece.row, self.folder / piece.name
+        if row is None or row.name == "dense" or piece.kind in ("time", "router"):
             return {}
+        against, known = self.folder / f"dense-seed{piece.seed}", folder / "alike.json"
+        if not (against / "clips.npz").is_file():
+            return {}
+        if known.is_file():
+            found: dict[str, float] = json.loads(known.read_text())
+            return found
         told = {}
-        with np.load(against) as dense, np.load(folder / piece.name / "clips.npz") as clips:
+        with np.load(against / "clips.npz") as dense, np.load(folder / "clips.npz") as clips:
             for kind in ("noise", "clip"):
                 pairs = [(clips[name], dense[name]) for name in dense if name.startswith(kind)]
                 told[f"{kind}_psnr_db"] = statistics.fmean(video.psnr(a, b) for a, b in pairs)
                 told[f"{kind}_ssim"] = statistics.fmean(video.ssim(a, b) for a, b in pairs)
+        write_json(known, told)
         return told
 
 
