@@ -252,7 +252,8 @@ class DistributedConfig:
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
     """SLA2's first stage (``task: router``). Args:
-    keep_ratios: in the order of training, each started from what the one before it learned.
+    keep_ratios: in the order of training, each started from what the one before it learned, or
+        from that with alpha fitted anew where it is nearer to dense.
     steps: optimizer steps for each ratio.
     learning_rate, alpha_learning_rate: of the router and of alpha's logits; cosine.
     buffer_samples: q, k, v kept of each layer; the oldest is replaced at every step.

@@ -123,7 +123,7 @@ def fit_alpha(transformer: Any, source: data.Source, config: Config, world: Worl
             predict(transformer, noised_at(batch, sigma, [draw]), config.training.mixed_precision)
     transformer.train(was_training)
     for n, module in modules.items():
-        module.set_alpha(*sums[n])
+        module.set_alpha(*world.mean(sums[n]))  # one value on all ranks, whatever they round
 
 
 @torch.no_grad()
@@ -131,7 +131,8 @@ def attention_error(
     transformer: Any, source: data.Source, config: Config, world: World, count: int
 ) -> float:
     """Mean over layers and ``count`` clips, at as many noise levels, of |o - dense|^2 / |dense|^2,
-    for the methods and learned tensors that the model's layers have; SLA2's router is hard."""
+    for the methods and learned tensors that the model's layers have; SLA2's router is hard. The
+    same number on all ranks."""
     layers = attentions(transformer)
     found: list[Tensor] = []
 
@@ -145,7 +146,7 @@ def attention_error(
         sigma = torch.tensor([(n + 0.5) / count], device=world.device)
         with tapped(transformer, on_call):
             predict(transformer, noised_at(batch, sigma, [draw]), config.training.mixed_precision)
-    return torch.stack(found).mean().item()
+    return world.mean(torch.stack(found).mean()).item()
 
 
 # Stage 1 ----------------------------------------------------------------------------------------
@@ -155,7 +156,8 @@ def attention_error(
 class RouterErrors:
     """``attention_error`` on held-out clips, with the hard router, of one ratio: before its
     training, after it, and with alpha fitted once more behind it to the hard router (where
-    ``model.alpha_start`` fits it)."""
+    ``model.alpha_start`` fits it). Before is what the ratio before left, its alpha fitted to this
+    one where that is nearer to dense."""
 
     before: float
     trained: float
@@ -164,7 +166,7 @@ class RouterErrors:
     @property
     def kept(self) -> float:
         """Of what is kept: the least of them."""
-        return min(self.before, self.trained, self.fitted)
+        return min(x for x in (self.before, self.trained, self.fitted) if math.isfinite(x))
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,14 @@ class RouterSummary:
                 if errors.kept == errors.before:
                     told[-1] += f"; what was trained is worse, {errors.trained:.4f}, and not kept"
         return told
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """Learned tensors of every layer, and their error."""
+
+    error: float
+    learned: dict[int, dict[str, Tensor]]
 
 
 class RouterTrainer:
@@ -243,27 +253,33 @@ class RouterTrainer:
     ) -> RouterErrors:
         """Trains a ratio, and leaves the layers with the best that was found."""
         is_fitted = self.config.model.alpha_start == "output"
+        candidates = [self._candidate()]
         if is_fitted and number:  # alpha suits the ratio before
             fit_alpha(self.transformer, self.source, self.config, self.world)
-        before, error_before = self._learned(), self._error()
+            candidates.append(self._candidate())
+        before = self._choose(candidates)
         self._train(keep_ratio, number, on_progress)
-        trained, error_trained = self._learned(), self._error()
-        error_fitted = error_trained
+        trained = self._candidate()
+        fitted = trained
         if is_fitted:
             fit_alpha(self.transformer, self.source, self.config, self.world)
-            error_fitted = self._error()
-        errors = RouterErrors(error_before, error_trained, error_fitted)
-        if errors.kept < error_fitted:
-            best = before if errors.kept == error_before else trained
-            for layer, module in self.layers.items():
-                module.load_state_dict(best[layer])
-        return errors
+            fitted = self._candidate()
+        self._choose([before, trained, fitted])
+        return RouterErrors(before.error, trained.error, fitted.error)
 
-    def _learned(self) -> dict[int, dict[str, Tensor]]:
-        return {
+    def _candidate(self) -> _Candidate:
+        learned = {
             layer: {name: value.clone() for name, value in module.state_dict().items()}
             for layer, module in self.layers.items()
         }
+        return _Candidate(self._error(), learned)
+
+    def _choose(self, candidates: list[_Candidate]) -> _Candidate:
+        """Loads the best; one whose error is not a number is never that."""
+        best = min(candidates, key=lambda c: c.error if math.isfinite(c.error) else math.inf)
+        for layer, module in self.layers.items():
+            module.load_state_dict(best.learned[layer])
+        return best
 
     def _train(
         self, keep_ratio: float, number: int, on_progress: Callable[[int, int, str], None]
@@ -338,8 +354,6 @@ class RouterTrainer:
                 self._save_partial(saved, step + 1, parameters, optimizer)
         for module in modules:
             module.set_stage(2)
-        if self.world.is_main:
-            saved.unlink(missing_ok=True)
 
     def _fill(self, ring: _Ring, step: int) -> None:
         """Runs the dense model on one clip of this rank and keeps what its layers saw."""
@@ -375,9 +389,6 @@ class RouterTrainer:
     def _save(self, path: Path, keep_ratio: float, errors: RouterErrors) -> None:
         if not self.world.is_main:
             return
-        installed = self.transformer._sparline
-        installed.method = dataclasses.replace(installed.method, keep_ratio=keep_ratio)
-        sparline.save_state(self.transformer, path)
         line = {
             "keep_ratio": keep_ratio,
             "error_before": errors.before,
@@ -387,6 +398,11 @@ class RouterTrainer:
         }
         with (self.folder / "router.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
+        installed = self.transformer._sparline
+        installed.method = dataclasses.replace(installed.method, keep_ratio=keep_ratio)
+        sparline.save_state(self.transformer, path)
+        for partial in self.folder.glob("*.partial"):
+            partial.unlink()
 
     def _save_partial(
         self, path: Path, step: int, parameters: list[nn.Parameter], optimizer: Any

@@ -5,6 +5,7 @@ moves."""
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -140,26 +141,46 @@ def test_alpha_is_fitted_again_behind_the_router(tmp_path: Path) -> None:
     assert errors.kept == errors.fitted <= errors.before
 
 
-def test_a_killed_ratio_goes_on_to_the_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("alpha_start", ["mass", "output"])
+def test_a_killed_ratio_goes_on_to_the_bit(tmp_path: Path, alpha_start: str) -> None:
     settings: dict[str, Any] = {
-        "router": {"keep_ratios": [0.25], "steps": 9},
+        "router": {"keep_ratios": [0.25, 0.125], "steps": 9},
         "checkpoint": {"checkpointing_steps": 5},
     }
-    whole = make(tmp_path / "whole", **settings).run(silent).states[0.25]
+    whole = make(tmp_path / "whole", alpha_start, **settings).run(silent)
 
     def kill(done: int, total: int, words: str) -> None:
-        if done == 7:
+        if done == 9 + 7:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        make(tmp_path / "killed", **settings).run(kill)
+        make(tmp_path / "killed", alpha_start, **settings).run(kill)
     steps: list[int] = []
-    resumed = make(tmp_path / "killed", **settings).run(lambda done, *_: steps.append(done))
-    assert steps == [6, 7, 8, 9]
-    a, b = load_file(whole), load_file(resumed.states[0.25])
+    resumed = make(tmp_path / "killed", alpha_start, **settings)
+    summary = resumed.run(lambda done, *_: steps.append(done))
+    assert steps == [15, 16, 17, 18]
+    assert summary.errors[0.125] == whole.errors[0.125]
+    a, b = load_file(whole.states[0.125]), load_file(summary.states[0.125])
     assert all(torch.equal(value, b[name]) for name, value in a.items())
     names = {path.name for path in (tmp_path / "killed").iterdir()}
-    assert names == {"router-0.25.safetensors", "router.jsonl"}
+    assert names == {"router-0.25.safetensors", "router-0.125.safetensors", "router.jsonl"}
+    told = [json.loads(x) for x in (tmp_path / "killed" / "router.jsonl").read_text().splitlines()]
+    assert [line["keep_ratio"] for line in told] == [0.25, 0.125]
+
+
+def test_what_is_not_a_number_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make(tmp_path / "run", router={"keep_ratios": [0.25], "steps": 2})
+
+    def spoil(*arguments: Any) -> None:
+        for module in trainer.layers.values():
+            module.alpha_logit.data.fill_(float("nan"))
+
+    monkeypatch.setattr(trainer, "_train", spoil)
+    summary = trainer.run(silent)
+    errors = summary.errors[0.25]
+    assert math.isnan(errors.trained)
+    assert errors.kept == errors.before == trainer._error()
+    assert all(x.isfinite().all() for x in load_file(summary.states[0.25]).values())
 
 
 def test_a_model_in_16_bits_teaches_float32_routers(tmp_path: Path) -> None:
