@@ -132,7 +132,7 @@ def generate(
             job_module.read_init_video(job)
             pipeline = job_module.for_init_video(pipeline)
         for variant in variants:  # every method is tried on the model before the first long run
-            job_module.apply_variant(pipeline, variant, job)
+            job_module.check_variant(pipeline, variant, job)
 
         results: list[Result] = []
         total = job_module.num_steps(job)
@@ -248,7 +248,13 @@ def convert(
         from sparline.train import export
     _quiet_host_libraries()
     with _one_line_errors(train_module.TrainError, job_module.InputError, ImportError):
-        chosen = None if method is None else job_module.parse_variants(method, [])[0].method
+        variant = None if method is None else job_module.parse_variants(method, [])[0]
+        if variant is not None and variant.method is None:
+            raise job_module.InputError(
+                f"--method: it must be a method with its options, got {method}. Try "
+                "sla_main:keep_ratio=0.1."
+            )
+        chosen = None if variant is None else variant.method
         words = export.convert(source, target, to, chosen, model, component)
     console.print(words, highlight=False, markup=False)
 

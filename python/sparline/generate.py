@@ -7,13 +7,14 @@ Everything here raises ``InputError`` for what the caller can mend, in one sente
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import json
 import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -42,9 +43,7 @@ class Variant:
     label: str
     method: Method | None = None
     state: Path | None = None  # learned tensors
-    tuned: Path | None = (
-        None  # a fine-tuned model, which brings its method; with neither, as it came
-    )
+    tuned: Path | None = None  # folder of a fine-tuned model, which brings its own method
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,10 @@ def parse_variants(spec: str, options: Sequence[str], state: Path | None = None)
     variants = []
     for item in filter(None, (part.strip() for part in spec.split(","))):
         if item in demo.TUNED or "/" in item:
+            if state is not None:
+                raise InputError(
+                    f"--state: {item} brings what it learned, got {state}. Leave the option out."
+                )
             variants.append(Variant(item.rstrip("/"), tuned=demo.TUNED.get(item, Path(item))))
             continue
         name, *own = item.split(":")
@@ -181,8 +184,7 @@ def load_pipeline(model: str | None) -> Any:
     except InputError:
         raise
     except Exception as error:  # whatever the host and the hub's client raise
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--model: {model} cannot be loaded: {reason}") from error
+        raise InputError(f"--model: {model} cannot be loaded: {_first_line(error)}") from error
 
 
 def default_size(pipeline: Any) -> tuple[int, int, int]:
@@ -240,11 +242,34 @@ def for_init_video(pipeline: Any) -> Any:
     )
 
 
-def apply_variant(pipeline: Any, variant: Variant, job: Job) -> Any:
-    """The pipeline with the variant's method, or one around its fine-tuned model. Raises InputError
-    if the model cannot take it."""
-    if variant.tuned is not None:
-        return _tuned_pipeline(pipeline, variant.tuned, job)
+@contextlib.contextmanager
+def applied(pipeline: Any, variant: Variant, job: Job) -> Iterator[None]:
+    """Within, the pipeline has the variant's method or its fine-tuned transformer. Raises
+    InputError if the model cannot take it. A method stays; the transformer is put back."""
+    if variant.tuned is None:
+        _apply_method(pipeline, variant, job)
+        yield
+        return
+    check_tuned(pipeline, variant.tuned, job)
+    own = pipeline.transformer
+    tuned = _load_tuned(own, variant.tuned, job)
+    try:
+        pipeline.register_modules(transformer=tuned)
+        yield
+    finally:
+        pipeline.register_modules(transformer=own)
+
+
+def check_variant(pipeline: Any, variant: Variant, job: Job) -> None:
+    """Raises InputError if the model cannot take the variant, before long work; weights of a
+    fine-tuned model are not read for it."""
+    if variant.tuned is None:
+        _apply_method(pipeline, variant, job)
+    else:
+        check_tuned(pipeline, variant.tuned, job)
+
+
+def _apply_method(pipeline: Any, variant: Variant, job: Job) -> None:
     try:
         sparline.restore(pipeline)
         if variant.method is not None:
@@ -255,16 +280,11 @@ def apply_variant(pipeline: Any, variant: Variant, job: Job) -> Any:
             sparline.load_state(pipeline, variant.state)
     except (TypeError, ValueError, OSError) as error:
         raise InputError(str(error)) from error
-    return pipeline
 
 
-def _tuned_pipeline(pipeline: Any, folder: Path, job: Job) -> Any:
-    """The pipeline's parts around the transformer of ``folder``, with the method it was tuned
-    with."""
-    from sparline.integrations.diffusers import read_state
-
-    weights, state = folder / "transformer", folder / "sparline.safetensors"
-    if not (weights / "config.json").is_file():
+def check_tuned(pipeline: Any, folder: Path, job: Job) -> None:
+    """Raises InputError if ``folder`` holds no fine-tuned form of the pipeline's transformer."""
+    if not (folder / "transformer" / "config.json").is_file():
         raise InputError(
             f"method: {folder} must be a fine-tuned model, a folder with transformer/config.json "
             "as sparline train leaves it in output_dir/final, and it is not."
@@ -274,44 +294,63 @@ def _tuned_pipeline(pipeline: Any, folder: Path, job: Job) -> Any:
             f"--dense-layers: {folder} was tuned with layers of its own, got "
             f"{','.join(map(str, job.dense_layers))}. Leave the option out."
         )
-    if pipeline.transformer is None or getattr(pipeline, "transformer_2", None) is not None:
+    own = pipeline.transformer
+    if own is None or getattr(pipeline, "transformer_2", None) is not None:
         raise InputError(
             f"method: {folder} holds one transformer, and the pipeline has another number of them. "
             "Load it as docs/training.md shows."
         )
-    kind, wanted = type(pipeline.transformer), dict(pipeline.transformer.config)
+    if hasattr(own, "_hf_hook"):
+        raise InputError(
+            f"method: {folder} cannot take the place of a transformer that accelerate offloads. "
+            "Load it into the pipeline first, as docs/training.md shows."
+        )
     try:
-        transformer = kind.from_pretrained(weights, torch_dtype=pipeline.transformer.dtype)
-        found = dict(transformer.config)
-        for name in ("in_channels", "out_channels", "patch_size", "text_dim"):
-            if found.get(name) != wanted.get(name):
-                raise InputError(
-                    f"method: {folder} must fit the model, whose {name} is {wanted.get(name)}, got "
-                    f"{found.get(name)}. Pass the --model that it was tuned from."
-                )
-        if state.is_file():
-            found_state = read_state(state)
-            sparline.apply(
-                transformer,
-                found_state.method,
-                dense_steps=max(job.dense_steps, found_state.dense_steps),
-                dense_layers=found_state.dense_layers,
-            )
-            sparline.load_state(transformer, state)
-        transformer.to(pipeline.transformer.device)
-    except InputError:
-        raise
+        found = type(own).load_config(folder / "transformer")
     except Exception as error:  # whatever the host raises for a broken file
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"method: {folder} cannot be loaded: {reason}") from error
-    return type(pipeline).from_pipe(pipeline, transformer=transformer)
+        raise InputError(f"method: {folder} cannot be loaded: {_first_line(error)}") from error
+    for name in ("in_channels", "out_channels", "patch_size", "text_dim"):
+        if _as_list(found.get(name)) != _as_list(own.config.get(name)):
+            raise InputError(
+                f"method: {folder} must fit the model, whose {name} is {own.config.get(name)}, got "
+                f"{found.get(name)}. Pass the --model that it was tuned from."
+            )
+
+
+def _load_tuned(own: Any, folder: Path, job: Job) -> Any:
+    """The transformer of ``folder`` with the method it was tuned with, where ``own`` is."""
+    from sparline.integrations.diffusers import read_state
+
+    state = folder / "sparline.safetensors"
+    try:
+        tuned = type(own).from_pretrained(folder / "transformer", torch_dtype=own.dtype)
+        if state.is_file():  # else tuned with the model's own attention
+            stored = read_state(state)
+            sparline.apply(
+                tuned,
+                stored.method,
+                dense_steps=max(job.dense_steps, stored.dense_steps),
+                dense_layers=stored.dense_layers,
+            )
+            sparline.load_state(tuned, state)
+        return tuned.to(own.device).eval()
+    except Exception as error:  # whatever the host raises for a broken file
+        raise InputError(f"method: {folder} cannot be loaded: {_first_line(error)}") from error
+
+
+def _as_list(value: Any) -> list[Any]:
+    """Configurations hold lists where a model in memory has tuples."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def generate(pipeline: Any, variant: Variant, job: Job, on_step: Callable[[int], None]) -> Result:
     """Runs one variant. ``on_step(done)`` is called after each step."""
     from sparline.integrations.probe import AttentionProbe
 
-    pipeline = apply_variant(pipeline, variant, job)
     pipeline.set_progress_bar_config(disable=True)
     device = pipeline._execution_device
     arguments: dict[str, Any] = {
@@ -330,19 +369,22 @@ def generate(pipeline: Any, variant: Variant, job: Job, on_step: Callable[[int],
     accepted = inspect.signature(pipeline.__call__).parameters
     times, attention = [time.perf_counter()], [0.0]
 
-    models = (pipeline.transformer, getattr(pipeline, "transformer_2", None))
-    with AttentionProbe(*models) as probe:
+    with applied(pipeline, variant, job):
+        models = (pipeline.transformer, getattr(pipeline, "transformer_2", None))
+        with AttentionProbe(*models) as probe:
 
-        def after_step(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter())
-            attention.append(probe.seconds)
-            on_step(len(times) - 1)
-            return tensors
+            def after_step(
+                _: Any, step: int, timestep: Any, tensors: dict[str, Any]
+            ) -> dict[str, Any]:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                times.append(time.perf_counter())
+                attention.append(probe.seconds)
+                on_step(len(times) - 1)
+                return tensors
 
-        arguments["callback_on_step_end"] = after_step
-        frames = pipeline(**{k: v for k, v in arguments.items() if k in accepted}).frames[0]
+            arguments["callback_on_step_end"] = after_step
+            frames = pipeline(**{k: v for k, v in arguments.items() if k in accepted}).frames[0]
     steps = np.diff(times)[1 if len(times) > 2 else 0 :]
     shares = np.diff(attention)[-len(steps) :] / steps
     return Result(
@@ -380,7 +422,7 @@ def write_results(folder: Path, job: Job, results: Sequence[Result], extension: 
     clips, labels = [r.clip for r in results], [r.label for r in results]
     written = []
     for result in results:
-        name = result.label.strip("./").replace("/", "_").replace(":", "_").replace("=", "")
+        name = "_".join(Path(result.label).parts[-2:]).replace(":", "_").replace("=", "")
         written.append(folder / f"{name}{extension}")
         video.write_clip(written[-1], result.clip)
     if job.init_video is not None:

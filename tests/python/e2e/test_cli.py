@@ -114,7 +114,8 @@ def test_a_fine_tuned_model_brings_its_weights_and_method(model: str, tmp_path: 
     final = tmp_path / "final"
     transformer.save_pretrained(final / "transformer")
     sparline.apply(transformer, sparline.SLA2(keep_ratio=0.3, num_alphas=2))
-    sparline.save_state(transformer, final / "sparline.safetensors")
+    state = final / "sparline.safetensors"
+    sparline.save_state(transformer, state)
     base = ["generate", "--model", model, *SIZE]
     methods = f"original,{final},original"
     out = tmp_path / "out"
@@ -129,7 +130,7 @@ def test_a_fine_tuned_model_brings_its_weights_and_method(model: str, tmp_path: 
     # The same as the training guide's two lines.
     loaded = diffusers.WanTransformer3DModel.from_pretrained(final / "transformer")
     loaded.save_pretrained(tmp_path / "alone")
-    own = ["generate", "--model", str(tmp_path / "alone"), *SIZE, "--state", str(state_of(final))]
+    own = ["generate", "--model", str(tmp_path / "alone"), *SIZE, "--state", str(state)]
     own += ["--method", "sla2:keep_ratio=0.3:num_alphas=2"]
     result = run(*own, "--out", str(tmp_path / "own"))
     assert result.exit_code == 0, result.output
@@ -141,10 +142,8 @@ def test_a_fine_tuned_model_brings_its_weights_and_method(model: str, tmp_path: 
     assert json.loads((out / "results.json").read_text())["results"][0]["sparsity"] == 0.0
     arguments = ["--method", str(final), "--dense-layers", "0", "--out", str(out)]
     assert_one_line(run(*base, *arguments), "was tuned with layers of its own")
-
-
-def state_of(final: Path) -> Path:
-    return final / "sparline.safetensors"
+    arguments = ["--method", str(final), "--state", str(state), "--out", str(out)]
+    assert_one_line(run(*base, *arguments), "brings what it learned")
 
 
 def test_fine_tuned_models_that_cannot_be_used(model: str, tmp_path: Path) -> None:
@@ -162,9 +161,13 @@ def test_fine_tuned_models_that_cannot_be_used(model: str, tmp_path: Path) -> No
         rope_max_seq_len=64,
     ).save_pretrained(other)
     assert_one_line(run(*base, "--method", str(other.parent)), "in_channels is 3, got 4")
-    (weights,) = other.glob("*.safetensors")
+    broken = tmp_path / "broken" / "transformer"
+    diffusers.WanTransformer3DModel.from_pretrained(model).save_pretrained(broken)
+    (weights,) = broken.glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:100])
-    assert_one_line(run(*base, "--method", str(other.parent)), "cannot be loaded")
+    result = run(*base, "--method", str(broken.parent))
+    assert result.exit_code == 2
+    assert "cannot be loaded" in result.output.strip().splitlines()[-1]  # below the progress bar
 
 
 @pytest.mark.parametrize(
