@@ -111,6 +111,7 @@ class Experiment:
         self.rows = [
             Row(**{**row, "set": tuple(row.get("set", ()))}) for row in self.settings["rows"]
         ]
+        check_routers(self.rows)
         self.deadline = time.monotonic() + 60.0 * args.minutes
         self.args = args
         self.device = torch.device(args.device)
@@ -132,8 +133,11 @@ class Experiment:
         found = [Piece("start")] if "start" in self.settings else []
         found += [Piece("train", row) for row in self.rows if row.name == "dense"]
         # One for each name, with the method of the first row that asks for it.
-        routers = {row.router: row for row in reversed(self.rows) if row.router is not None}
-        found += [Piece("router", row) for row in reversed(routers.values())]
+        routers: dict[str, Row] = {}
+        for row in self.rows:
+            if row.router is not None:
+                routers.setdefault(row.router, row)
+        found += [Piece("router", row) for row in routers.values()]
         for place, ratio in enumerate(self.settings["ratios"]):
             for row in self.rows:
                 kind = "free" if row.is_free else "train"
@@ -602,7 +606,8 @@ class Experiment:
         against, known = self.folder / f"dense-seed{piece.seed}", folder / "alike.json"
         if not (against / "clips.npz").is_file():
             return {}
-        if known.is_file():
+        made = max(f.stat().st_mtime for f in (against / "clips.npz", folder / "clips.npz"))
+        if known.is_file() and known.stat().st_mtime >= made:
             found: dict[str, float] = json.loads(known.read_text())
             return found
         told = {}
@@ -624,6 +629,21 @@ class Captured:
     v: torch.Tensor
     grid: Grid
     layer: int
+
+
+def check_routers(rows: list[Row]) -> None:
+    """A router fits one method, whatever its bits; rows without training take none."""
+    methods: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row.router is None:
+            continue
+        method = {name: value for name, value in row.method.items() if name != "low_bit"}
+        if row.is_free or methods.setdefault(row.router, method) != method:
+            raise SystemExit(
+                f"rows: {row.name} cannot start from the router {row.router}: a row without "
+                "training takes none, and all rows of one router have the same method but for "
+                "low_bit. Give it a router of another name."
+            )
 
 
 # Small parts ------------------------------------------------------------------------------------

@@ -127,8 +127,8 @@ def router_table(result: Result) -> str:
     lines = [
         f"### The router, {result['router']}\n\n"
         "Relative square error of SLA2's attention, hard router, held-out clips, mean over layers: "
-        "before its training on the dense model, after it, with α fitted once "
-        "more behind it, and of what was kept, which is the best of these.\n\n"
+        "before its training (begun from what the ratio before left, with α fitted anew), after "
+        "it, with α fitted once more behind it, and of what was kept, the best of these.\n\n"
         "| sparsity | before | trained | α fitted | kept |\n|---:|---:|---:|---:|---:|\n"
     ]
     for ratio, errors in result["errors"].items():
@@ -310,7 +310,6 @@ def plot(path: Path, results: list[Result]) -> None:
         axes.set_ylabel("held-out loss above dense, %")
     if by_ratio.lines:
         by_ratio.legend(fontsize=8)
-        by_ratio.set_xticks(sorted({r["ratio"] for r in results if r["ratio"] is not None}))
         by_ratio.set_xticks(sorted({r["ratio"] for r in results if r["ratio"] is not None}))
     figure.suptitle(f"{results[0]['num_tokens']} tokens")
     figure.savefig(path, dpi=110)

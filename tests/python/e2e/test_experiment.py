@@ -268,3 +268,17 @@ def test_the_committed_experiments_are_whole(
             assert made.num_cubes is not None
             cubes = experiment.grid.length / 64
             assert made.num_cubes / cubes == pytest.approx(piece.ratio, rel=0.25)
+
+
+def test_a_router_fits_one_method() -> None:
+    make, check = load("experiment").Row, load("experiment").check_routers
+    method = {"name": "sla2", "keep_ratio": 0.1}
+    rows = [make("a", "a", method, router="one")]
+    check([*rows, make("b", "b", {**method, "low_bit": True}, router="one")])
+    check([*rows, make("b", "b", {**method, "token_order": "cubes"}, router="two")])
+    for wrong in (
+        make("b", "b", {**method, "token_order": "cubes"}, router="one"),
+        make("b", "b", method, router="one", is_free=True),
+    ):
+        with pytest.raises(SystemExit, match="b cannot start from the router one"):
+            check([*rows, wrong])
