@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from safetensors.torch import load_file
 
 import sparline
 from sparline import demo
@@ -200,6 +201,15 @@ def test_bundled_model_is_what_the_card_says() -> None:
     for name, value in TRANSFORMER_CONFIG.items():
         found = bundled.transformer.config[name]
         assert (tuple(found) if isinstance(found, list) else found) == value
+
+
+def test_tuned_models_share_a_router() -> None:
+    """As the card says: what training made of it at 97 % was not kept."""
+    a, b = (load_file(folder / "sparline.safetensors") for folder in demo.TUNED.values())
+    routers = [name for name in a if ".router." in name]
+    assert routers
+    assert all(torch.equal(a[name], b[name]) for name in routers)
+    assert not any(torch.equal(a[name], b[name]) for name in a if name not in routers)
 
 
 @torch.no_grad()
