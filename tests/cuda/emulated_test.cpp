@@ -190,8 +190,8 @@ TEST(Oracle, FastSizes) {
 
 /// Hopper's kernels for as long as it lives.
 struct OnHopper {
-  explicit OnHopper(int num_multiprocessors = 3) {
-    cuda::emulator::set_device(90, num_multiprocessors);
+  explicit OnHopper(int num_multiprocessors = 3, int resident_blocks = 1) {
+    cuda::emulator::set_device(90, num_multiprocessors, resident_blocks);
   }
   ~OnHopper() { cuda::emulator::set_device(80); }
 };
@@ -406,6 +406,15 @@ TEST(HopperLinear, RowsOfOtherBlocksAreNotRead) {
       }
     }
   }
+}
+
+/// Blocks that wait for each other must all have room.
+TEST(HopperLinear, PortableWhereNoBlockFits) {
+  const OnHopper on_hopper(3, 0);
+  Case c = plain_case();
+  c.problem.head_dim = 64;
+  c.problem.block_q = 128;
+  EXPECT_FALSE(check_fused(c)) << describe(c);
 }
 
 TEST(HopperLinear, ResultsDoNotDependOnTheOrderOfThreads) {

@@ -59,21 +59,28 @@ struct Space {
   }
 };
 
+/// False, and nothing is launched, where the device does not hold a single CTA. The kernel begins
+/// only when all of its CTAs can: not before a kernel of another stream that holds a multiprocessor
+/// has ended, however long that runs.
 template <class T, int kHeadDim>
-void launch_sums(const LinearSumsParams& params, int num_multiprocessors, void* stream) {
+bool launch_sums(const LinearSumsParams& params, const Space& space, void* stream) {
   using Traits = LinearSumsTraits<T, kHeadDim>;
-  launch(linear_sums_sm90_kernel<Traits>,
-         {.blocks = num_multiprocessors,
-          .threads = Traits::kThreads,
-          .shared_bytes = sizeof(LinearSumsShared<Traits>),
-          .is_cooperative = true},
-         stream, params);
+  const auto kernel = linear_sums_sm90_kernel<Traits>;
+  LaunchShape shape{.threads = Traits::kThreads,
+                    .shared_bytes = sizeof(LinearSumsShared<Traits>),
+                    .is_cooperative = true};
+  const int64_t num_resident =
+      int64_t{current_device().num_multiprocessors} * resident_blocks(kernel, shape);
+  shape.blocks = std::min<int64_t>(num_resident, std::max(params.num_units, params.num_tiles));
+  if (shape.blocks == 0) return false;
+  clear(space.counters, space.num_counters * static_cast<int64_t>(sizeof(uint32_t)), stream);
+  launch(kernel, shape, stream, params);
+  return true;
 }
 template <class T>
-void launch_sums(const LinearSumsParams& params, int num_multiprocessors, void* stream) {
-  return params.linear.frame.head_dim == 64
-             ? launch_sums<T, 64>(params, num_multiprocessors, stream)
-             : launch_sums<T, 128>(params, num_multiprocessors, stream);
+bool launch_sums(const LinearSumsParams& params, const Space& space, void* stream) {
+  return params.linear.frame.head_dim == 64 ? launch_sums<T, 64>(params, space, stream)
+                                            : launch_sums<T, 128>(params, space, stream);
 }
 
 }  // namespace
@@ -124,11 +131,8 @@ bool linear_sums_sm90(const LinearParams& params, const LinearSums& sums, std::b
                           encode_rows(p.z, z, DType::kBF16, 1, space.slots, f.keys.num_blocks,
                                       f.head_dim, Traits::kChunk);
   if (!is_encoded) return false;
-  const int num_multiprocessors = current_device().num_multiprocessors;
-  clear(space.counters, space.num_counters * static_cast<int64_t>(sizeof(uint32_t)), stream);
-  params.dtype == DType::kBF16 ? launch_sums<bf16>(p, num_multiprocessors, stream)
-                               : launch_sums<fp16>(p, num_multiprocessors, stream);
-  return true;
+  return params.dtype == DType::kBF16 ? launch_sums<bf16>(p, space, stream)
+                                      : launch_sums<fp16>(p, space, stream);
 }
 
 }  // namespace sparline::cuda
