@@ -400,6 +400,7 @@ inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 [[noreturn]] inline void __trap() { sparline::cuda::emulator::fail("__trap() was called"); }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
+inline void __nanosleep(unsigned) {}
 
 // What launch.cuh and ptx.cuh provide; see there
 // ----------------------------------------------------
