@@ -6,7 +6,8 @@
 //   wave by wave, o_s in o becomes the combination with o_l
 // or, where Hopper's kernels serve both branches, the sums of the linear branch of all heads first,
 // then o_s, combined at once
-#include <set>
+#include <limits>
+#include <utility>
 
 #include "cuda/device.h"
 #include "cuda/host.h"
@@ -36,10 +37,10 @@ struct Codes {
 /// Whether LinearSums has room for the H_i of all query blocks: for one a sequence beside those in
 /// o's rows.
 bool has_room_for_sums(const Plan& plan) {
-  std::set<int32_t> ragged;
+  int64_t last = std::numeric_limits<int64_t>::min();  // the blocks of a sequence are neighbours
   return std::ranges::all_of(plan.query_blocks, [&](const Block& block) {
-    return block.is_protected || block.rows >= plan.problem.head_dim ||
-           ragged.insert(block.sequence).second;
+    if (block.is_protected || block.rows >= plan.problem.head_dim) return true;
+    return std::exchange(last, block.sequence) != block.sequence;
   });
 }
 
