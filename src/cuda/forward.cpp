@@ -74,17 +74,18 @@ struct ForwardSpace {
       return std::max(is_linear ? linear_forward_bytes(params) : 0,
                       is_low_bit ? codes_bytes(pairs) : 0);
     };
-    const int64_t sums_bytes = is_linear && !is_low_bit && has_room_for_sums(plan)
-                                   ? linear_sums_bytes(linear_params(plan, frame))
-                                   : 0;
+    const int64_t budget = std::max(kFreeWaveBytes, q_bytes(p) * 9 / 20);
+    const int64_t heads = p.batch * p.num_heads;
+    const int64_t ragged = heads * frame.queries.num_sequences * p.head_dim * p.head_dim;
+    // Half of the budget: the other one is for states, of which linear_sums() keeps fewer then.
+    const bool has_room = ragged * 2 <= budget / 2 && has_room_for_sums(plan);
+    const int64_t sums_bytes =
+        is_linear && !is_low_bit && has_room ? linear_sums_bytes(linear_params(plan, frame)) : 0;
     has_sums = sums_bytes > 0;
     if (has_sums) {
-      const int64_t heads = p.batch * p.num_heads;
-      sums.ragged =
-          arena.take<bf16_t>(heads * frame.queries.num_sequences * p.head_dim * p.head_dim);
+      sums.ragged = arena.take<bf16_t>(ragged);
       sums.z = arena.take<float>(heads * frame.queries.num_blocks * p.head_dim);
     }
-    const int64_t budget = std::max(kFreeWaveBytes, q_bytes(p) * 9 / 20);
     pairs_per_wave = cuda::pairs_per_wave(num_pairs(p), plan.heads_per_wave, budget, wave_bytes);
     Arena k_sums;
     k_sums.take<float>(p.smooth_k ? sum_floats : 0);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 
@@ -255,6 +256,29 @@ TEST_F(CudaPlanTest, WavesKeepTheWorkspaceBelowTheTensors) {
   }
   problem.num_queries = problem.num_keys = 256;  // few bytes: all heads in one wave
   EXPECT_EQ(cuda_plan(problem).heads_per_wave, 24);
+}
+
+/// Every block of fewer rows than features has a matrix of its own beside o.
+TEST_F(CudaPlanTest, PackedSequencesKeepTheWorkspaceBelowTheTensors) {
+  Problem problem = cuda_problem();
+  problem.batch = 2;
+  problem.num_heads = problem.num_kv_heads = 12;
+  problem.num_queries = problem.num_keys = 32760;
+  problem.head_dim = 128;
+  problem.block_map = BlockMap::kClass;
+  problem.combine = Combine::kProjection;
+  const double q_bytes = 2.0 * 24 * 32760 * 128;
+  for (const int64_t length : {40, 168, 520, 4095}) {
+    problem.query_segments.clear();
+    for (int64_t begin = 0; begin < problem.num_queries; begin += length) {
+      problem.query_segments.push_back({.begin = begin,
+                                        .end = std::min(begin + length, problem.num_queries),
+                                        .sequence = static_cast<int32_t>(begin / length)});
+    }
+    problem.key_segments = problem.query_segments;
+    const Plan p = cuda_plan(problem);
+    EXPECT_LE(static_cast<double>(p.forward_workspace_bytes), 0.5 * q_bytes) << explain(p);
+  }
 }
 
 TEST(DefaultExecutor, CallsEveryIndexOnce) {

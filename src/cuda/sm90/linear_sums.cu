@@ -20,12 +20,15 @@ bool linear_sums_fit(const LinearParams& p) {
 
 /// The pairs whose states are there at a time: two, so that the states of one are made while those
 /// of the other are added up, and more where 32 MiB, which stay in L2, hold them. One where two
-/// would take more than the forward may.
-int64_t num_slots(const LinearParams& params, int64_t pair_bytes) {
+/// would take more than the forward may, `other_bytes` and those of LinearSums included.
+int64_t num_slots(const LinearParams& params, int64_t pair_bytes, int64_t other_bytes) {
   constexpr int64_t kCacheBytes = int64_t{32} << 20;
   const Frame& f = params.frame;
-  const int64_t q_bytes = int64_t{f.batch} * f.num_heads * f.queries.length * f.head_dim * 2;
-  const int64_t budget = std::max(kCacheBytes, q_bytes * 9 / 20);
+  const int64_t width = int64_t{f.batch} * f.num_heads * f.head_dim;
+  const int64_t ragged_bytes = width * f.queries.num_sequences * f.head_dim * 2;
+  const int64_t z_bytes = width * f.queries.num_blocks * 4;
+  const int64_t budget = std::max(kCacheBytes, width * f.queries.length * 2 * 9 / 20) -
+                         ragged_bytes - z_bytes - other_bytes;
   const int64_t most = std::min(std::max(2 * pair_bytes, kCacheBytes), budget);
   return std::clamp<int64_t>(most / pair_bytes, 1, params.wave.count);
 }
@@ -44,17 +47,18 @@ struct Space {
     const Frame& frame = params.frame;
     const int64_t head_dim = frame.head_dim, num_blocks = frame.keys.num_blocks;
     const int64_t pairs = params.wave.count, heads = pairs * frame.group();
-    slots = static_cast<int32_t>(num_slots(params, num_blocks * head_dim * (head_dim + 1) * 2));
     tiles_m = (frame.queries.num_blocks + Traits::kTileM - 1) / Traits::kTileM;
     tiles_n = static_cast<int32_t>(head_dim * head_dim / Traits::kTileN) + 1;  // and one of z
     chunks = (frame.keys.num_blocks + Traits::kChunk - 1) / Traits::kChunk;
     Arena arena(base);
-    states = arena.take<bf16>(slots * num_blocks * head_dim * head_dim);
-    z = arena.take<bf16>(slots * num_blocks * head_dim);
     bits = arena.take<uint2>(heads * tiles_m * chunks * Traits::kTileM);
     empty_rows = arena.take<float>(heads * tiles_m * Traits::kTileM);
     num_counters = heads + pairs + pairs * chunks;
-    counters = arena.take<uint32_t>(num_counters);
+    slots = static_cast<int32_t>(num_slots(params, num_blocks * head_dim * (head_dim + 1) * 2,
+                                           arena.used_bytes() + num_counters * 4));
+    states = arena.take<bf16>(slots * num_blocks * head_dim * head_dim);
+    z = arena.take<bf16>(slots * num_blocks * head_dim);
+    counters = arena.take<uint32_t>(num_counters);  // last: the arrays before it keep whole lines
     total_bytes = arena.used_bytes();
   }
 };
