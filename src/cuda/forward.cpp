@@ -44,6 +44,28 @@ bool has_room_for_sums(const Plan& plan) {
   });
 }
 
+int64_t wave_budget(const Problem& p) { return std::max(kFreeWaveBytes, q_bytes(p) * 9 / 20); }
+
+/// Elements of LinearSums::ragged.
+int64_t ragged_size(const Problem& p, const Frame& frame) {
+  return p.batch * p.num_heads * frame.queries.num_sequences * p.head_dim * p.head_dim;
+}
+
+const char* why_linear_is_portable(const Plan& plan, const Frame& frame) {
+  const Problem& p = plan.problem;
+  const int arch = plan.target.cuda_arch;
+  if (!has_linear_branch(p)) return "there is none";
+  if (arch != 0 && arch != 90) return "the device is not Hopper";
+  if (const char* const why = why_forward_is_portable(p); *why != '\0') return why;
+  if (has_feature_weights(p)) return "hedgehog maps have no other";
+  if (p.block_q < p.head_dim) return "block_q is below head_dim";
+  if (p.block_k > 64) return "block_k is above 64";
+  if (!has_room_for_sums(plan)) return "a sequence has blocks of fewer rows than head_dim";
+  // Half of the budget: the other one is for states, of which linear_sums() keeps fewer then.
+  if (ragged_size(p, frame) * 2 > wave_budget(p) / 2) return "its sequences are too many";
+  return "";
+}
+
 /// What the forward keeps in its workspace. The stages follow one another on a stream, so that what
 /// belongs to one stage alone shares `scratch`.
 struct ForwardSpace {
@@ -74,19 +96,16 @@ struct ForwardSpace {
       return std::max(is_linear ? linear_forward_bytes(params) : 0,
                       is_low_bit ? codes_bytes(pairs) : 0);
     };
-    const int64_t budget = std::max(kFreeWaveBytes, q_bytes(p) * 9 / 20);
-    const int64_t heads = p.batch * p.num_heads;
-    const int64_t ragged = heads * frame.queries.num_sequences * p.head_dim * p.head_dim;
-    // Half of the budget: the other one is for states, of which linear_sums() keeps fewer then.
-    const bool has_room = ragged * 2 <= budget / 2 && has_room_for_sums(plan);
-    const int64_t sums_bytes =
-        is_linear && !is_low_bit && has_room ? linear_sums_bytes(linear_params(plan, frame)) : 0;
+    const int64_t sums_bytes = *why_linear_is_portable(plan, frame) == '\0'
+                                   ? linear_sums_bytes(linear_params(plan, frame))
+                                   : 0;
     has_sums = sums_bytes > 0;
     if (has_sums) {
-      sums.ragged = arena.take<bf16_t>(ragged);
-      sums.z = arena.take<float>(heads * frame.queries.num_blocks * p.head_dim);
+      sums.ragged = arena.take<bf16_t>(ragged_size(p, frame));
+      sums.z = arena.take<float>(p.batch * p.num_heads * frame.queries.num_blocks * p.head_dim);
     }
-    pairs_per_wave = cuda::pairs_per_wave(num_pairs(p), plan.heads_per_wave, budget, wave_bytes);
+    pairs_per_wave =
+        cuda::pairs_per_wave(num_pairs(p), plan.heads_per_wave, wave_budget(p), wave_bytes);
     Arena k_sums;
     k_sums.take<float>(p.smooth_k ? sum_floats : 0);
     scratch = arena.take<std::byte>(
@@ -103,6 +122,21 @@ struct ForwardSpace {
 };
 
 }  // namespace
+
+const char* why_forward_is_portable(const Problem& p) {
+  if (p.low_bit.is_enabled) return "low bit has no other";
+  if (p.skip.reference != SkipReference::kNone) return "skip rules have no other";
+  if (p.block_map == BlockMap::kSoft) return "soft maps have no other";
+  if (p.bit_rows > 0) return "tile bits have no other";
+  if (p.head_dim != 64 && p.head_dim != 128) return "head_dim is neither 64 nor 128";
+  if (p.block_q <= 64) return "block_q is below 65";
+  return "";
+}
+
+const char* why_linear_is_portable(const Plan& plan) {
+  Arena arena;
+  return why_linear_is_portable(plan, take_frame(plan, arena));
+}
 
 int64_t forward_workspace_bytes(const Plan& plan) {
   return ForwardSpace(plan, nullptr).total_bytes;

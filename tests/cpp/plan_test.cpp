@@ -231,9 +231,35 @@ TEST_F(CudaPlanTest, ExplainsWhichForwardRunsOnHopper) {
   problem.block_q = 96;
   EXPECT_CONTAINS(explain(cuda_plan(problem, 90)),
                   "the portable ones for the linear branch, because block_q is below head_dim");
+  problem.block_q = 128;
+  problem.block_k = 80;
+  EXPECT_CONTAINS(explain(cuda_plan(problem, 90)),
+                  "the portable ones for the linear branch, because block_k is above 64");
+  problem.block_k = 64;
+  problem.query_segments = {{.begin = 0, .end = 50}, {.begin = 50, .end = 100}};
+  EXPECT_CONTAINS(explain(cuda_plan(problem, 90)),
+                  "because a sequence has blocks of fewer rows than head_dim");
+  problem.query_segments.clear();
   problem.head_dim = 96;
   EXPECT_CONTAINS(explain(cuda_plan(problem, 90)),
                   "forward: the portable kernel, because head_dim is neither 64 nor 128");
+}
+
+TEST_F(CudaPlanTest, HopperTakesNoWorkspaceWhereItsKernelsDoNotRun) {
+  Problem problem = cuda_problem();
+  problem.head_dim = 128;
+  problem.num_queries = problem.num_keys = 4096;
+  problem.combine = Combine::kSum;
+  const auto forward_bytes = [&](int arch) {
+    return cuda_plan(problem, arch).forward_workspace_bytes;
+  };
+  EXPECT_NE(forward_bytes(90), forward_bytes(80));
+  EXPECT_EQ(forward_bytes(90), forward_bytes(0));  // any device
+  problem.block_q = 64;
+  EXPECT_EQ(forward_bytes(90), forward_bytes(80));
+  problem.block_q = 128;
+  problem.bit_rows = 128;
+  EXPECT_EQ(forward_bytes(90), forward_bytes(80));
 }
 
 TEST_F(CudaPlanTest, WavesKeepTheWorkspaceBelowTheTensors) {

@@ -10,14 +10,6 @@
 namespace sparline::cuda {
 namespace {
 
-/// Which problems: head_dim 64 or 128, classes, key blocks of at most 64 keys, query blocks that
-/// hold H_i in their rows, maps of one slice.
-bool linear_sums_fit(const LinearParams& p) {
-  const int32_t head_dim = p.frame.head_dim;
-  return (head_dim == 64 || head_dim == 128) && p.block_k <= 64 && p.block_q >= head_dim &&
-         !p.is_soft && !is_hedgehog(p.feature_map);
-}
-
 /// The pairs whose states are there at a time: two, so that the states of one are made while those
 /// of the other are added up, and more where 32 MiB, which stay in L2, hold them. One where two
 /// would take more than the forward may, `other_bytes` and those of LinearSums included.
@@ -90,14 +82,13 @@ bool launch_sums(const LinearSumsParams& params, const Space& space, void* strea
 }  // namespace
 
 int64_t linear_sums_sm90_bytes(const LinearParams& params) {
-  if (!linear_sums_fit(params)) return 0;
   return Space(params, nullptr).total_bytes;
 }
 
 bool linear_sums_sm90(const LinearParams& params, const LinearSums& sums, std::byte* workspace,
                       void* stream) {
   using Traits = LinearSumsTraits<bf16, 128>;
-  if (!linear_sums_fit(params) || !sums.o.is_vectorised || sums.o.order != nullptr) return false;
+  if (!sums.o.is_vectorised || sums.o.order != nullptr) return false;
   const Frame& f = params.frame;
   const Space space(params, workspace);
   LinearSumsParams p{.linear = params,
