@@ -55,30 +55,14 @@ std::string code_for(int arch) {
   return best;
 }
 
-/// Why the linear branch's forward takes the portable kernels on Hopper; empty where it does not
-/// (sm90/linear_sums.cu).
-const char* why_linear_is_portable(const Problem& p) {
-  if (has_feature_weights(p)) return "hedgehog maps have no other";
-  if (p.block_q < p.head_dim) return "block_q is below head_dim";
-  if (p.block_k > 64) return "block_k is above 64";
-  return "";
-}
-
-/// Which kernels the forward takes on Hopper, and why (sm90/sparse_fwd.cu).
-std::string hopper_forward(const Problem& p) {
-  const auto portable = [](const char* why) {
-    return std::string("the portable kernel, because ") + why;
-  };
-  if (p.low_bit.is_enabled) return portable("low bit has no other");
-  if (p.skip.reference != SkipReference::kNone) return portable("skip rules have no other");
-  if (p.block_map == BlockMap::kSoft) return portable("soft maps have no other");
-  if (p.bit_rows > 0) return portable("tile bits have no other");
-  if (p.head_dim != 64 && p.head_dim != 128) return portable("head_dim is neither 64 nor 128");
-  if (p.block_q <= 64) return portable("block_q is below 65");
+/// Which kernels the forward takes on Hopper, and why.
+std::string hopper_forward(const Plan& plan) {
+  const std::string why = cuda::why_forward_is_portable(plan.problem);
+  if (!why.empty()) return "the portable kernel, because " + why;
   std::string words = "Hopper's own kernel, where rows lie in memory order";
-  if (has_linear_branch(p) && *why_linear_is_portable(p) != '\0') {
-    words += std::string("; the portable ones for the linear branch, because ") +
-             why_linear_is_portable(p);
+  const std::string why_linear = cuda::why_linear_is_portable(plan);
+  if (has_linear_branch(plan.problem) && !why_linear.empty()) {
+    words += "; the portable ones for the linear branch, because " + why_linear;
   }
   return words;
 }
@@ -145,7 +129,8 @@ class CudaBackend final : public Backend {
                " multiplies no fp8, so e4m3 values are multiplied as float16: q k^T alone is "
                "faster\n";
     }
-    if (arch == 90 && code_for(arch) == text(arch)) words += "forward: " + hopper_forward(p) + "\n";
+    const bool is_hopper = arch == 90 && code_for(arch) == text(arch);
+    if (is_hopper) words += "forward: " + hopper_forward(plan) + "\n";
     return words;
   }
 

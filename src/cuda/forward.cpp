@@ -6,7 +6,8 @@
 //   wave by wave, o_s in o becomes the combination with o_l
 // or, where Hopper's kernels serve both branches, the sums of the linear branch of all heads first,
 // then o_s, combined at once
-#include <set>
+#include <limits>
+#include <utility>
 
 #include "cuda/device.h"
 #include "cuda/host.h"
@@ -36,11 +37,33 @@ struct Codes {
 /// Whether LinearSums has room for the H_i of all query blocks: for one a sequence beside those in
 /// o's rows.
 bool has_room_for_sums(const Plan& plan) {
-  std::set<int32_t> ragged;
+  int64_t last = std::numeric_limits<int64_t>::min();  // the blocks of a sequence are neighbours
   return std::ranges::all_of(plan.query_blocks, [&](const Block& block) {
-    return block.is_protected || block.rows >= plan.problem.head_dim ||
-           ragged.insert(block.sequence).second;
+    if (block.is_protected || block.rows >= plan.problem.head_dim) return true;
+    return std::exchange(last, block.sequence) != block.sequence;
   });
+}
+
+int64_t wave_budget(const Problem& p) { return std::max(kFreeWaveBytes, q_bytes(p) * 9 / 20); }
+
+/// Elements of LinearSums::ragged.
+int64_t ragged_size(const Problem& p, const Frame& frame) {
+  return p.batch * p.num_heads * frame.queries.num_sequences * p.head_dim * p.head_dim;
+}
+
+const char* why_linear_is_portable(const Plan& plan, const Frame& frame) {
+  const Problem& p = plan.problem;
+  const int arch = plan.target.cuda_arch;
+  if (!has_linear_branch(p)) return "there is none";
+  if (arch != 0 && arch != 90) return "the device is not Hopper";
+  if (const char* const why = why_forward_is_portable(p); *why != '\0') return why;
+  if (has_feature_weights(p)) return "hedgehog maps have no other";
+  if (p.block_q < p.head_dim) return "block_q is below head_dim";
+  if (p.block_k > 64) return "block_k is above 64";
+  if (!has_room_for_sums(plan)) return "a sequence has blocks of fewer rows than head_dim";
+  // Half of the budget: the other one is for states, of which linear_sums() keeps fewer then.
+  if (ragged_size(p, frame) * 2 > wave_budget(p) / 2) return "its sequences are too many";
+  return "";
 }
 
 /// What the forward keeps in its workspace. The stages follow one another on a stream, so that what
@@ -73,18 +96,16 @@ struct ForwardSpace {
       return std::max(is_linear ? linear_forward_bytes(params) : 0,
                       is_low_bit ? codes_bytes(pairs) : 0);
     };
-    const int64_t sums_bytes = is_linear && !is_low_bit && has_room_for_sums(plan)
+    const int64_t sums_bytes = *why_linear_is_portable(plan, frame) == '\0'
                                    ? linear_sums_bytes(linear_params(plan, frame))
                                    : 0;
     has_sums = sums_bytes > 0;
     if (has_sums) {
-      const int64_t heads = p.batch * p.num_heads;
-      sums.ragged =
-          arena.take<bf16_t>(heads * frame.queries.num_sequences * p.head_dim * p.head_dim);
-      sums.z = arena.take<float>(heads * frame.queries.num_blocks * p.head_dim);
+      sums.ragged = arena.take<bf16_t>(ragged_size(p, frame));
+      sums.z = arena.take<float>(p.batch * p.num_heads * frame.queries.num_blocks * p.head_dim);
     }
-    const int64_t budget = std::max(kFreeWaveBytes, q_bytes(p) * 9 / 20);
-    pairs_per_wave = cuda::pairs_per_wave(num_pairs(p), plan.heads_per_wave, budget, wave_bytes);
+    pairs_per_wave =
+        cuda::pairs_per_wave(num_pairs(p), plan.heads_per_wave, wave_budget(p), wave_bytes);
     Arena k_sums;
     k_sums.take<float>(p.smooth_k ? sum_floats : 0);
     scratch = arena.take<std::byte>(
@@ -101,6 +122,21 @@ struct ForwardSpace {
 };
 
 }  // namespace
+
+const char* why_forward_is_portable(const Problem& p) {
+  if (p.low_bit.is_enabled) return "low bit has no other";
+  if (p.skip.reference != SkipReference::kNone) return "skip rules have no other";
+  if (p.block_map == BlockMap::kSoft) return "soft maps have no other";
+  if (p.bit_rows > 0) return "tile bits have no other";
+  if (p.head_dim != 64 && p.head_dim != 128) return "head_dim is neither 64 nor 128";
+  if (p.block_q <= 64) return "block_q is below 65";
+  return "";
+}
+
+const char* why_linear_is_portable(const Plan& plan) {
+  Arena arena;
+  return why_linear_is_portable(plan, take_frame(plan, arena));
+}
 
 int64_t forward_workspace_bytes(const Plan& plan) {
   return ForwardSpace(plan, nullptr).total_bytes;

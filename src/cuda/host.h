@@ -65,6 +65,11 @@ inline int64_t num_rows(const Problem& problem) {
 inline int64_t q_bytes(const Problem& problem) {
   return num_rows(problem) * problem.head_dim * size_bytes(problem.dtype);
 }
+/// Why the forward of the problem takes the portable kernel on Hopper; empty where it takes that of
+/// sm90/, which needs rows in memory order besides. forward.cpp
+const char* why_forward_is_portable(const Problem& problem);
+/// Likewise the forward of its linear branch: the one rule for workspace, launch and explain().
+const char* why_linear_is_portable(const Plan& plan);
 /// Whether some rows are dense attention whatever the method is.
 bool has_protected_queries(const Plan& plan);
 

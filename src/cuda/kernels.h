@@ -189,8 +189,8 @@ struct LinearSums {
   float* z = nullptr;        // out (B, H, T_m, D): Z_i; NaN where E_i is empty
 };
 /// All pairs in one launch, and only where `sparse` is then combined with them; else false, and
-/// nothing is launched. The wave is the whole problem. Bytes: 0 where that is never so.
-/// sm80/linear_fwd.cu
+/// nothing is launched. The wave is the whole problem, of which why_linear_is_portable() (host.h)
+/// has nothing to say. Bytes: 0 in builds without Hopper's kernels. sm80/linear_fwd.cu
 int64_t linear_sums_bytes(const LinearParams& params);
 bool linear_sums(const LinearParams& params, const SparseForward& sparse, const LinearSums& sums,
                  std::byte* workspace, void* stream);

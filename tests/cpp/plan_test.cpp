@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 
@@ -230,9 +231,35 @@ TEST_F(CudaPlanTest, ExplainsWhichForwardRunsOnHopper) {
   problem.block_q = 96;
   EXPECT_CONTAINS(explain(cuda_plan(problem, 90)),
                   "the portable ones for the linear branch, because block_q is below head_dim");
+  problem.block_q = 128;
+  problem.block_k = 80;
+  EXPECT_CONTAINS(explain(cuda_plan(problem, 90)),
+                  "the portable ones for the linear branch, because block_k is above 64");
+  problem.block_k = 64;
+  problem.query_segments = {{.begin = 0, .end = 50}, {.begin = 50, .end = 100}};
+  EXPECT_CONTAINS(explain(cuda_plan(problem, 90)),
+                  "because a sequence has blocks of fewer rows than head_dim");
+  problem.query_segments.clear();
   problem.head_dim = 96;
   EXPECT_CONTAINS(explain(cuda_plan(problem, 90)),
                   "forward: the portable kernel, because head_dim is neither 64 nor 128");
+}
+
+TEST_F(CudaPlanTest, HopperTakesNoWorkspaceWhereItsKernelsDoNotRun) {
+  Problem problem = cuda_problem();
+  problem.head_dim = 128;
+  problem.num_queries = problem.num_keys = 4096;
+  problem.combine = Combine::kSum;
+  const auto forward_bytes = [&](int arch) {
+    return cuda_plan(problem, arch).forward_workspace_bytes;
+  };
+  EXPECT_NE(forward_bytes(90), forward_bytes(80));
+  EXPECT_EQ(forward_bytes(90), forward_bytes(0));  // any device
+  problem.block_q = 64;
+  EXPECT_EQ(forward_bytes(90), forward_bytes(80));
+  problem.block_q = 128;
+  problem.bit_rows = 128;
+  EXPECT_EQ(forward_bytes(90), forward_bytes(80));
 }
 
 TEST_F(CudaPlanTest, WavesKeepTheWorkspaceBelowTheTensors) {
@@ -255,6 +282,29 @@ TEST_F(CudaPlanTest, WavesKeepTheWorkspaceBelowTheTensors) {
   }
   problem.num_queries = problem.num_keys = 256;  // few bytes: all heads in one wave
   EXPECT_EQ(cuda_plan(problem).heads_per_wave, 24);
+}
+
+/// Every block of fewer rows than features has a matrix of its own beside o.
+TEST_F(CudaPlanTest, PackedSequencesKeepTheWorkspaceBelowTheTensors) {
+  Problem problem = cuda_problem();
+  problem.batch = 2;
+  problem.num_heads = problem.num_kv_heads = 12;
+  problem.num_queries = problem.num_keys = 32760;
+  problem.head_dim = 128;
+  problem.block_map = BlockMap::kClass;
+  problem.combine = Combine::kProjection;
+  const double q_bytes = 2.0 * 24 * 32760 * 128;
+  for (const int64_t length : {40, 168, 520, 4095}) {
+    problem.query_segments.clear();
+    for (int64_t begin = 0; begin < problem.num_queries; begin += length) {
+      problem.query_segments.push_back({.begin = begin,
+                                        .end = std::min(begin + length, problem.num_queries),
+                                        .sequence = static_cast<int32_t>(begin / length)});
+    }
+    problem.key_segments = problem.query_segments;
+    const Plan p = cuda_plan(problem);
+    EXPECT_LE(static_cast<double>(p.forward_workspace_bytes), 0.5 * q_bytes) << explain(p);
+  }
 }
 
 TEST(DefaultExecutor, CallsEveryIndexOnce) {

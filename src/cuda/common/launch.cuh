@@ -34,16 +34,32 @@ struct LaunchShape {
   bool is_cooperative = false;
 };
 
+template <class... Params>
+void raise_shared_limit(void (*kernel)(Params...), const LaunchShape& shape) {
+  constexpr int64_t kDefaultLimitBytes = 48 * 1024;
+  if (shape.shared_bytes <= kDefaultLimitBytes) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shape.shared_bytes)),
+        "raising the shared memory limit");
+}
+
+/// How many blocks of the kernel a multiprocessor of the current device holds at a time; shape's
+/// own blocks do not matter.
+template <class... Params>
+int resident_blocks(void (*kernel)(Params...), const LaunchShape& shape) {
+  raise_shared_limit(kernel, shape);
+  int count = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, shape.threads,
+                                                      static_cast<size_t>(shape.shared_bytes)),
+        "asking how many blocks a multiprocessor holds");
+  return count;
+}
+
 /// kernel<<<shape, stream>>>(args...)
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), const LaunchShape& shape, void* stream, Args&&... args) {
   if (shape.blocks == 0) return;
-  constexpr int64_t kDefaultLimitBytes = 48 * 1024;
-  if (shape.shared_bytes > kDefaultLimitBytes) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shape.shared_bytes)),
-          "raising the shared memory limit");
-  }
+  raise_shared_limit(kernel, shape);
   cudaLaunchAttribute attribute{};
   if (shape.is_cooperative) {
     attribute.id = cudaLaunchAttributeCooperative;

@@ -10,22 +10,17 @@
 namespace sparline::cuda {
 namespace {
 
-/// Which problems: head_dim 64 or 128, classes, key blocks of at most 64 keys, query blocks that
-/// hold H_i in their rows, maps of one slice.
-bool linear_sums_fit(const LinearParams& p) {
-  const int32_t head_dim = p.frame.head_dim;
-  return (head_dim == 64 || head_dim == 128) && p.block_k <= 64 && p.block_q >= head_dim &&
-         !p.is_soft && !is_hedgehog(p.feature_map);
-}
-
 /// The pairs whose states are there at a time: two, so that the states of one are made while those
 /// of the other are added up, and more where 32 MiB, which stay in L2, hold them. One where two
-/// would take more than the forward may.
-int64_t num_slots(const LinearParams& params, int64_t pair_bytes) {
+/// would take more than the forward may, `other_bytes` and those of LinearSums included.
+int64_t num_slots(const LinearParams& params, int64_t pair_bytes, int64_t other_bytes) {
   constexpr int64_t kCacheBytes = int64_t{32} << 20;
   const Frame& f = params.frame;
-  const int64_t q_bytes = int64_t{f.batch} * f.num_heads * f.queries.length * f.head_dim * 2;
-  const int64_t budget = std::max(kCacheBytes, q_bytes * 9 / 20);
+  const int64_t width = int64_t{f.batch} * f.num_heads * f.head_dim;
+  const int64_t ragged_bytes = width * f.queries.num_sequences * f.head_dim * 2;
+  const int64_t z_bytes = width * f.queries.num_blocks * 4;
+  const int64_t budget = std::max(kCacheBytes, width * f.queries.length * 2 * 9 / 20) -
+                         ragged_bytes - z_bytes - other_bytes;
   const int64_t most = std::min(std::max(2 * pair_bytes, kCacheBytes), budget);
   return std::clamp<int64_t>(most / pair_bytes, 1, params.wave.count);
 }
@@ -44,49 +39,56 @@ struct Space {
     const Frame& frame = params.frame;
     const int64_t head_dim = frame.head_dim, num_blocks = frame.keys.num_blocks;
     const int64_t pairs = params.wave.count, heads = pairs * frame.group();
-    slots = static_cast<int32_t>(num_slots(params, num_blocks * head_dim * (head_dim + 1) * 2));
     tiles_m = (frame.queries.num_blocks + Traits::kTileM - 1) / Traits::kTileM;
     tiles_n = static_cast<int32_t>(head_dim * head_dim / Traits::kTileN) + 1;  // and one of z
     chunks = (frame.keys.num_blocks + Traits::kChunk - 1) / Traits::kChunk;
     Arena arena(base);
-    states = arena.take<bf16>(slots * num_blocks * head_dim * head_dim);
-    z = arena.take<bf16>(slots * num_blocks * head_dim);
     bits = arena.take<uint2>(heads * tiles_m * chunks * Traits::kTileM);
     empty_rows = arena.take<float>(heads * tiles_m * Traits::kTileM);
     num_counters = heads + pairs + pairs * chunks;
-    counters = arena.take<uint32_t>(num_counters);
+    slots = static_cast<int32_t>(num_slots(params, num_blocks * head_dim * (head_dim + 1) * 2,
+                                           arena.used_bytes() + num_counters * 4));
+    states = arena.take<bf16>(slots * num_blocks * head_dim * head_dim);
+    z = arena.take<bf16>(slots * num_blocks * head_dim);
+    counters = arena.take<uint32_t>(num_counters);  // last: the arrays before it keep whole lines
     total_bytes = arena.used_bytes();
   }
 };
 
+/// False, and nothing is launched, where the device does not hold a single CTA. The kernel begins
+/// only when all of its CTAs can: not before a kernel of another stream that holds a multiprocessor
+/// has ended, however long that runs.
 template <class T, int kHeadDim>
-void launch_sums(const LinearSumsParams& params, int num_multiprocessors, void* stream) {
+bool launch_sums(const LinearSumsParams& params, const Space& space, void* stream) {
   using Traits = LinearSumsTraits<T, kHeadDim>;
-  launch(linear_sums_sm90_kernel<Traits>,
-         {.blocks = num_multiprocessors,
-          .threads = Traits::kThreads,
-          .shared_bytes = sizeof(LinearSumsShared<Traits>),
-          .is_cooperative = true},
-         stream, params);
+  const auto kernel = linear_sums_sm90_kernel<Traits>;
+  LaunchShape shape{.threads = Traits::kThreads,
+                    .shared_bytes = sizeof(LinearSumsShared<Traits>),
+                    .is_cooperative = true};
+  const int64_t num_resident =
+      int64_t{current_device().num_multiprocessors} * resident_blocks(kernel, shape);
+  shape.blocks = std::min<int64_t>(num_resident, std::max(params.num_units, params.num_tiles));
+  if (shape.blocks == 0) return false;
+  clear(space.counters, space.num_counters * static_cast<int64_t>(sizeof(uint32_t)), stream);
+  launch(kernel, shape, stream, params);
+  return true;
 }
 template <class T>
-void launch_sums(const LinearSumsParams& params, int num_multiprocessors, void* stream) {
-  return params.linear.frame.head_dim == 64
-             ? launch_sums<T, 64>(params, num_multiprocessors, stream)
-             : launch_sums<T, 128>(params, num_multiprocessors, stream);
+bool launch_sums(const LinearSumsParams& params, const Space& space, void* stream) {
+  return params.linear.frame.head_dim == 64 ? launch_sums<T, 64>(params, space, stream)
+                                            : launch_sums<T, 128>(params, space, stream);
 }
 
 }  // namespace
 
 int64_t linear_sums_sm90_bytes(const LinearParams& params) {
-  if (!linear_sums_fit(params)) return 0;
   return Space(params, nullptr).total_bytes;
 }
 
 bool linear_sums_sm90(const LinearParams& params, const LinearSums& sums, std::byte* workspace,
                       void* stream) {
   using Traits = LinearSumsTraits<bf16, 128>;
-  if (!linear_sums_fit(params) || !sums.o.is_vectorised || sums.o.order != nullptr) return false;
+  if (!sums.o.is_vectorised || sums.o.order != nullptr) return false;
   const Frame& f = params.frame;
   const Space space(params, workspace);
   LinearSumsParams p{.linear = params,
@@ -124,11 +126,8 @@ bool linear_sums_sm90(const LinearParams& params, const LinearSums& sums, std::b
                           encode_rows(p.z, z, DType::kBF16, 1, space.slots, f.keys.num_blocks,
                                       f.head_dim, Traits::kChunk);
   if (!is_encoded) return false;
-  const int num_multiprocessors = current_device().num_multiprocessors;
-  clear(space.counters, space.num_counters * static_cast<int64_t>(sizeof(uint32_t)), stream);
-  params.dtype == DType::kBF16 ? launch_sums<bf16>(p, num_multiprocessors, stream)
-                               : launch_sums<fp16>(p, num_multiprocessors, stream);
-  return true;
+  return params.dtype == DType::kBF16 ? launch_sums<bf16>(p, space, stream)
+                                      : launch_sums<fp16>(p, space, stream);
 }
 
 }  // namespace sparline::cuda

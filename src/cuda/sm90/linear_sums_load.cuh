@@ -57,7 +57,9 @@ class ReadyChunks {
       is_ready_ = __ballot_sync(
           kAllLanes, num_left > 0 && count_of(params_.chunk_ready + int64_t{pair} * params_.chunks +
                                               own) >= num);
+      __syncwarp();  // what one lane has learned of, the lane that copies must have learned of too
       fence_async();
+      if ((is_ready_ >> (chunk - first) & 1) == 0) __nanosleep(64);
 #ifdef SPARLINE_WATCHDOG
       if (++num_polls > SPARLINE_WATCHDOG) __trap();
 #endif

@@ -46,8 +46,11 @@ class LinearStates {
     const SharedAddress keys = shared_address(slot.k), values = shared_address(slot.v);
     const bool has_projection = p_.combine == Combine::kProjection;
     wait(shared_.key_full[ring_.slot], ring_.parity);
-    if (block.rows < kRunK) clear_values(slot.v, block.rows);
-    if (!has_projection && !std::is_same_v<T, bf16>) round_values(slot.v);
+    if (!has_projection && !std::is_same_v<T, bf16>) {
+      round_values(slot.v, block.rows);
+    } else if (block.rows < kRunK) {
+      clear_values(slot.v, block.rows);
+    }
 
     if (has_projection) {
       if (block.rows < kRunK) {
@@ -139,11 +142,13 @@ class LinearStates {
       if (n % (kRunK * 8) / 8 >= num_rows) reinterpret_cast<uint4*>(v)[n] = make_uint4(0, 0, 0, 0);
     }
   }
-  __device__ void round_values(T* v) {
+  /// Values as bf16, and those of another block cleared: by one thread each, for nothing orders two
+  /// passes over them.
+  __device__ void round_values(T* v, int32_t num_rows) {
     for (int n = static_cast<int>(threadIdx.x) % 128; n < kRunK * kHeadDim / 2; n += 128) {
       uint32_t& two = reinterpret_cast<uint32_t*>(v)[n];
       const T* const x = reinterpret_cast<const T*>(&two);
-      two = pack<bf16>(to_float(x[0]), to_float(x[1]));
+      two = n % (kRunK * 32) / 32 < num_rows ? pack<bf16>(to_float(x[0]), to_float(x[1])) : 0u;
     }
   }
 

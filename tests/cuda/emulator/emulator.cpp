@@ -772,14 +772,16 @@ uint64_t random_number() {  // splitmix64
 }
 
 namespace {
-int emulated_arch = 80, emulated_multiprocessors = 3;
+int emulated_arch = 80, emulated_multiprocessors = 3, emulated_residents = 1;
 }
-void set_device(int arch, int num_multiprocessors) {
+void set_device(int arch, int num_multiprocessors, int resident_blocks) {
   emulated_arch = arch;
   emulated_multiprocessors = num_multiprocessors;
+  emulated_residents = resident_blocks;
 }
 int arch() { return emulated_arch; }
 int num_multiprocessors() { return emulated_multiprocessors; }
+int resident_blocks() { return emulated_residents; }
 
 void fail(const std::string& message) {
   fail_in_block("thread " + std::to_string(threadIdx.x) + ": " + message);

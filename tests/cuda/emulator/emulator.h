@@ -174,10 +174,11 @@ void add_instructions(const Instructions& instructions);
 
 /// The emulated device, for the launches that follow: 80, or 90 for Hopper's own kernels, and as
 /// many thread blocks as a kernel made to stay on its multiprocessor is launched with. The fewer,
-/// the more each of them has to do.
-void set_device(int arch, int num_multiprocessors = 3);
+/// the more each of them has to do. `resident_blocks`: how many a multiprocessor is said to hold.
+void set_device(int arch, int num_multiprocessors = 3, int resident_blocks = 1);
 int arch();
 int num_multiprocessors();
+int resident_blocks();
 
 enum class Order { kForward, kReverse, kRandom };
 /// For the launches that follow; first, the environment decides.
@@ -399,6 +400,7 @@ inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 [[noreturn]] inline void __trap() { sparline::cuda::emulator::fail("__trap() was called"); }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
+inline void __nanosleep(unsigned) {}
 
 // What launch.cuh and ptx.cuh provide; see there
 // ----------------------------------------------------
@@ -423,6 +425,11 @@ struct LaunchShape {
   int64_t shared_bytes = 0;
   bool is_cooperative = false;
 };
+
+template <class... Params>
+int resident_blocks(void (*)(Params...), const LaunchShape&) {
+  return emulator::resident_blocks();
+}
 
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), const LaunchShape& shape, void* /*stream*/, Args&&... args) {
