@@ -156,9 +156,12 @@ def test_alpha_is_fitted_to_the_dense_output(layout: str) -> None:
 def test_alpha_of_which_nothing_is_known_stays() -> None:
     module = sparline.nn.SLA2(16, 2, method=method("sla2", num_alphas=3))
     before = module.alpha_logit.clone()
-    module.set_alpha(torch.tensor([0.0, 1.0, 5.0]), torch.tensor([0.0, 4.0, 4.0]))
+    found = torch.tensor([0.0, 1.0, 5.0]).expand(2, 3)
+    module.set_alpha(found, torch.tensor([0.0, 4.0, 4.0]).expand(2, 3))
     assert torch.equal(module.alpha_logit[:, 0], before[:, 0])
     torch.testing.assert_close(module.alpha_logit[0, 1:].sigmoid(), torch.tensor([0.25, 0.99]))
+    with pytest.raises(ValueError, match=r"must have the shape \(2, 3\) .* got \(3,\)"):
+        module.set_alpha(found[0], found[0])
     with pytest.raises(ValueError, match='fit must be "output" or "mass"'):
         module.init_alpha(*(torch.randn(1, 2, 48, 16) for _ in range(3)), fit="mean")
 
