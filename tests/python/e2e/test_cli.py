@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,21 +24,25 @@ pytestmark = pytest.mark.e2e
 SIZE = ["--frames", "4", "--height", "32", "--width", "32", "--steps", "2"]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with an untrained Wan transformer over pixels."""
-    folder = tmp_path_factory.mktemp("model")
+def transformer(channels: int = 3) -> Any:
     torch.manual_seed(0)
-    diffusers.WanTransformer3DModel(
+    return diffusers.WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=16,
-        in_channels=3,
-        out_channels=3,
+        in_channels=channels,
+        out_channels=channels,
         text_dim=128,
         ffn_dim=32,
         num_layers=2,
         rope_max_seq_len=64,
-    ).save_pretrained(folder)
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with an untrained Wan transformer over pixels."""
+    folder = tmp_path_factory.mktemp("model")
+    transformer().save_pretrained(folder)
     return str(folder)
 
 
@@ -109,13 +114,13 @@ def test_learned_state_is_used(model: str, tmp_path: Path) -> None:
 
 
 def test_a_fine_tuned_model_brings_its_weights_and_method(model: str, tmp_path: Path) -> None:
-    transformer = diffusers.WanTransformer3DModel.from_pretrained(model)
-    torch.nn.init.normal_(transformer.proj_out.weight, std=0.05)
+    tuned_model = diffusers.WanTransformer3DModel.from_pretrained(model)
+    torch.nn.init.normal_(tuned_model.proj_out.weight, std=0.05)
     final = tmp_path / "final"
-    transformer.save_pretrained(final / "transformer")
-    sparline.apply(transformer, sparline.SLA2(keep_ratio=0.3, num_alphas=2))
+    tuned_model.save_pretrained(final / "transformer")
+    sparline.apply(tuned_model, sparline.SLA2(keep_ratio=0.3, num_alphas=2))
     state = final / "sparline.safetensors"
-    sparline.save_state(transformer, state)
+    sparline.save_state(tuned_model, state)
     base = ["generate", "--model", model, *SIZE]
     methods = f"original,{final},original"
     out = tmp_path / "out"
@@ -150,16 +155,7 @@ def test_fine_tuned_models_that_cannot_be_used(model: str, tmp_path: Path) -> No
     base = ["generate", "--model", model, *SIZE, "--out", str(tmp_path / "out")]
     assert_one_line(run(*base, "--method", f"{tmp_path}/no"), "must be a fine-tuned model")
     other = tmp_path / "other" / "transformer"
-    diffusers.WanTransformer3DModel(
-        num_attention_heads=1,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        text_dim=128,
-        ffn_dim=32,
-        num_layers=1,
-        rope_max_seq_len=64,
-    ).save_pretrained(other)
+    transformer(channels=4).save_pretrained(other)
     assert_one_line(run(*base, "--method", str(other.parent)), "in_channels is 3, got 4")
     broken = tmp_path / "broken" / "transformer"
     diffusers.WanTransformer3DModel.from_pretrained(model).save_pretrained(broken)
