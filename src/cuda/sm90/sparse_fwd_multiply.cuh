@@ -42,28 +42,32 @@ class SparseForwardSm90Rows {
     if (tile.block >= 0) load_queries(tile.block);
     bool was_linear = false;
     while (tile.num_keys != TileInfo::kEnd) {
-      if constexpr (Traits::kHasLinear) {
-        if (tile.block == TileInfo::kLinear) {
-          had_second ? linear_step<kTileK>(tile) : linear_step<kRunK>(tile);
-          was_linear = true;
-          continue;
-        }
-        if (was_linear) {
-          had_second = tile.has_second();
-          had_second ? step<kTileK, kHeadDim, true>(tile) : step<kRunK, kHeadDim, true>(tile);
-          was_linear = false;
-          continue;
-        }
-      }
+      const bool is_linear = Traits::kHasLinear && tile.block == TileInfo::kLinear;
       const bool has_second = tile.has_second();
-      if (has_second) {
+      // Cursors and the wait for the next tile stand here, once, and not in every step: ptxas 13.0
+      // then keeps slots in uniform registers (33 R2UR in the kernel with a linear tile, else 269).
+      k_ = ring_;
+      ring_.advance();
+      v_ = ring_;
+      ring_.advance();
+      if (is_linear) {
+        had_second ? linear_step<kTileK>() : linear_step<kRunK>();
+      } else if (was_linear) {
+        has_second ? step<kTileK, kHeadDim, true>(tile) : step<kRunK, kHeadDim, true>(tile);
+      } else if (has_second) {
         had_second ? step<kTileK, kTileK>(tile) : step<kTileK, kRunK>(tile);
       } else {
         had_second ? step<kRunK, kTileK>(tile) : step<kRunK, kRunK>(tile);
       }
       had_second = has_second;
+      was_linear = is_linear;
+      wait(shared_.full[ring_.slot], ring_.parity);
+      tile = shared_.infos[ring_.slot];
+      if (tile.block >= 0) load_queries(tile.block);
     }
+    k_ = ring_;
     ring_.advance();
+    v_ = ring_;
     if (Traits::kHasLinear && was_linear) {
       last_step<kHeadDim, true>();
     } else {
@@ -93,21 +97,19 @@ class SparseForwardSm90Rows {
     pack_p<0>(s);
     if constexpr (kKeys > kRunK) pack_p<1>(s);
   }
-  /// S and P of a tile, and P v of the one before; then waits for the next tile and tells of it. A
-  /// function of both tiles' widths, so that no branch lies between products: ptxas 13.0 would wait
-  /// for each of them (C7515). The scores are a local array for the same reason (C7511).
+  /// S and P of a tile, and P v of the one before. A function of both tiles' widths, so that no
+  /// branch lies between products: ptxas 13.0 would wait for each of them (C7515). The scores are a
+  /// local array for the same reason (C7511).
   template <int kKeys, int kKeysBefore, bool kWasLinear = false>
-  __device__ __forceinline__ void step(TileInfo& tile) {
+  __device__ __forceinline__ void step(const TileInfo& tile) {
     const bool is_new = tile.block >= 0;
     const int32_t old_block = block_;
-    const int k_slot = ring_.slot;
+    const int k_slot = k_.slot;
     float s[kKeys / 2];
     if constexpr (Traits::kTakesTurns) sync_named(warp_index() / 4, kMultiplyThreads);
     start_scores<kKeys>(s);
-    ring_.advance();
-    const int v_slot = ring_.slot;
+    const int v_slot = v_.slot;
     start_values<kKeysBefore, kWasLinear>();
-    ring_.advance();
     if constexpr (Traits::kTakesTurns) arrive_named(3 - warp_index() / 4, kMultiplyThreads);
     wgmma_wait<1>();
     release(k_slot);
@@ -135,9 +137,6 @@ class SparseForwardSm90Rows {
     } else if (is_raised) {
       rescale();
     }
-    wait(shared_.full[ring_.slot], ring_.parity);
-    tile = shared_.infos[ring_.slot];
-    if (tile.block >= 0) load_queries(tile.block);
   }
   template <int kKeys, bool kWasLinear = false>
   __device__ __forceinline__ void last_step() {
@@ -155,13 +154,11 @@ class SparseForwardSm90Rows {
   /// P v of the last tile of keys; then o_s and what multiplies H_i take their shares of o, so that
   /// the product with H_i, in the next step, has only to be added: A = phi(q) c / (phi(q) . Z_i).
   template <int kKeysBefore>
-  __device__ __forceinline__ void linear_step(TileInfo& tile) {
-    const int z_slot = ring_.slot;
+  __device__ __forceinline__ void linear_step() {
+    const int z_slot = k_.slot;
     if constexpr (Traits::kTakesTurns) sync_named(warp_index() / 4, kMultiplyThreads);
-    ring_.advance();
-    const int v_slot = ring_.slot;
+    const int v_slot = v_.slot;
     start_values<kKeysBefore>();
-    ring_.advance();
     if constexpr (Traits::kTakesTurns) arrive_named(3 - warp_index() / 4, kMultiplyThreads);
     const BlockPlace& at = shared_.places[block_];
     const float* const z = reinterpret_cast<const float*>(shared_.slots[z_slot]) + lane_ % 4 * 2;
@@ -185,9 +182,6 @@ class SparseForwardSm90Rows {
       p_frag_[n] = has_linear[n % 2] ? a[n] : 0u;  // 0, even where phi is not finite
     }
     is_first_ = false;
-    wait(shared_.full[ring_.slot], ring_.parity);
-    tile = shared_.infos[ring_.slot];
-    if (tile.block >= 0) load_queries(tile.block);
   }
   /// feature_map() of a row, but for the hedgehog maps: with two branches, as with five of them
   /// ptxas is short of registers.
@@ -292,10 +286,10 @@ class SparseForwardSm90Rows {
   }
   __device__ int row_of(int half) const { return warp_row_ + half * 8 + lane_ / 4; }
 
-  /// Starts S = q k^T of the tile in the current slot.
+  /// Starts S = q k^T of the tile whose keys lie in k_.
   template <int kKeys>
   __device__ __forceinline__ void start_scores(float (&s)[kKeys / 2]) {
-    const uint32_t b = matrix_descriptor(shared_address(shared_.slots[ring_.slot]), 0);
+    const uint32_t b = matrix_descriptor(shared_address(shared_.slots[k_.slot]), 0);
     wgmma_fence();
     wgmma<T, kKeys, false>(s, q_, b, 0);
 #pragma unroll
@@ -311,9 +305,9 @@ class SparseForwardSm90Rows {
   template <int kKeys, bool kIsLinear = false>
   __device__ __forceinline__ void start_values() {
     using Operand = std::conditional_t<kIsLinear, bf16, T>;
-    wait(shared_.full[ring_.slot], ring_.parity);
+    wait(shared_.full[v_.slot], v_.parity);
     const uint32_t b =
-        matrix_descriptor(shared_address(shared_.slots[ring_.slot]), Traits::kSliceBytesK);
+        matrix_descriptor(shared_address(shared_.slots[v_.slot]), Traits::kSliceBytesK);
     wgmma_fence();
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
@@ -472,7 +466,7 @@ class SparseForwardSm90Rows {
   const SparseForward& p_;
   SparseForwardSm90Shared<Traits>& shared_;
   const int lane_, warp_row_;
-  RingCursor<Traits::kSlots> ring_;
+  RingCursor<Traits::kSlots> ring_, k_, v_;  // the next slot; those of the step's keys and values
   uint32_t q_parity_ = 0;
   int32_t block_ = 0;
 
