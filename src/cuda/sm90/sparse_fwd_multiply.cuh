@@ -183,10 +183,22 @@ class SparseForwardSm90Rows {
     }
     is_first_ = false;
   }
-  /// feature_map() of a row, but for the hedgehog maps: with two branches, as with five of them
-  /// ptxas is short of registers.
-  __device__ __forceinline__ static void apply_map(FeatureMap map, float (&phi)[kHeadDim / 4]) {
-    if (map == FeatureMap::kSoftmax) return softmax_row(phi);
+  /// feature_map() of a row times the number that it returns, but for the hedgehog maps: with two
+  /// branches, as with five of them ptxas is short of registers. The softmax is not divided by its
+  /// sum: phi . Z_i, by which it is divided anyway, has that factor too.
+  __device__ __forceinline__ static float apply_map(FeatureMap map, float (&phi)[kHeadDim / 4]) {
+    if (map == FeatureMap::kSoftmax) {
+      float tops[4] = {phi[0], phi[1], phi[2], phi[3]}, sums[4] = {};
+#pragma unroll
+      for (int n = 4; n < kHeadDim / 4; ++n) tops[n % 4] = fmaxf(tops[n % 4], phi[n]);
+      const float top = quad_max(fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3])));
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 4; ++n) {
+        phi[n] = exp2_approx(fmaf(phi[n], kLog2E, -kLog2E * top));
+        sums[n % 4] += phi[n];
+      }
+      return quad_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    }
     const bool is_elu = map == FeatureMap::kElu1, is_relu = map == FeatureMap::kRelu;
 #pragma unroll
     for (int n = 0; n < kHeadDim / 4; ++n) {
@@ -194,6 +206,7 @@ class SparseForwardSm90Rows {
       const float e = exp2_approx(fminf(x * kLog2E, 127.0f));
       phi[n] = is_elu && x <= 0.0f ? e : (is_elu ? x + 1.0f : (is_relu && x <= 0.0f ? 0.0f : x));
     }
+    return 1.0f;
   }
   /// A row of A, where the linear branch is not empty; the share a of the row.
   __device__ __forceinline__ void make_a(uint32_t (&a)[kHeadDim / 4], const BlockPlace& at,
@@ -207,15 +220,17 @@ class SparseForwardSm90Rows {
       phi[n * 2] = to_float(q.low);
       phi[n * 2 + 1] = to_float(q.high);
     }
-    apply_map(linear.feature_map, phi);
-    float sum = 0.0f;
+    const float factor = apply_map(linear.feature_map, phi);
+    float sums[4] = {};
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) {
       const float2 of_pair = *reinterpret_cast<const float2*>(z + n * 8);
-      sum = fmaf(phi[n * 2], of_pair.x, fmaf(phi[n * 2 + 1], of_pair.y, sum));
+      sums[n % 2] = fmaf(phi[n * 2], of_pair.x, sums[n % 2]);
+      sums[2 + n % 2] = fmaf(phi[n * 2 + 1], of_pair.y, sums[2 + n % 2]);
     }
     __syncwarp();  // holds back the loads of the other half, for which there are no registers
-    const float den = quad_sum(sum) + linear.epsilon;
+    const float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    const float den = quad_sum(sum) + linear.epsilon * factor;
     float share = 1.0f / den;
     has_linear = den > 0.0f && den <= FLT_MAX && share <= FLT_MAX;
     o_share = linear.combine == Combine::kLinear ? 0.0f : 1.0f;
