@@ -80,7 +80,9 @@ bool describe(const SparseForward& params, SparseForwardSm90Params& p, int64_t& 
   };
   if (!encode(p.q, params.q, f.num_heads, f.queries, Traits::kTileQ) ||
       !encode(p.k, params.k, f.num_kv_heads, f.keys, Traits::kRunK) ||
-      !encode(p.v, params.v, f.num_kv_heads, f.keys, Traits::kRunK)) {
+      !encode(p.v, params.v, f.num_kv_heads, f.keys, Traits::kRunK) ||
+      !encode_cut_rows(p.cut_v, params.v, params.dtype, f.batch, f.num_kv_heads, f.keys.length,
+                       f.head_dim, Traits::kRunK)) {
     return false;
   }
   if (Traits::kHasLinear && !encode(p.sums, params.o, f.num_heads, f.queries, Traits::kRunK)) {

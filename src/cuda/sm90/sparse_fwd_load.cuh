@@ -197,8 +197,8 @@ class SparseForwardSm90Loader {
                                      block};
       }
       arrive_expecting(shared_.full[ring_.slot], (has_second ? 2 : 1) * (kRunK * kHeadDim * 2));
-      load_run(first.first_key, 0, at);
-      if (has_second) load_run(second.first_key, kRunK * 128, at);
+      load_run(first, 0, at);
+      if (has_second) load_run(second, kRunK * 128, at);
     }
     advance();
   }
@@ -231,17 +231,29 @@ class SparseForwardSm90Loader {
     if (kIsValues || !is_first_) ring_.advance();
     is_first_ = false;
   }
-  __device__ __forceinline__ void load_run(int32_t first_key, int offset, const BlockPlace& at) {
-    load_rows(kIsValues ? params_.v : params_.k, first_key, offset, at.h_kv, at.b);
+  /// Values end with their block: what comes after it may be infinite or NaN, which P = 0 would not
+  /// take away. Scores of the keys there are overwritten.
+  __device__ __forceinline__ void load_run(const KeyRun& run, int offset, const BlockPlace& at) {
+    if (kIsValues && run.num_keys < kRunK) {
+#pragma unroll
+      for (int slice = 0; slice < Traits::kSlices; ++slice) {
+        load_cut_box(place(slice, offset), params_.cut_v, shared_.full[ring_.slot], slice * 64,
+                     run.first_key, run.num_keys, kRunK, at.h_kv, at.b);
+      }
+    } else {
+      load_rows(kIsValues ? params_.v : params_.k, run.first_key, offset, at.h_kv, at.b);
+    }
   }
   __device__ __forceinline__ void load_rows(const CUtensorMap& map, int32_t first, int offset,
                                             int32_t h, int32_t b) {
-    auto* const slot = reinterpret_cast<unsigned char*>(shared_.slots[ring_.slot]);
 #pragma unroll
     for (int slice = 0; slice < Traits::kSlices; ++slice) {
-      load_box(slot + slice * Traits::kSliceBytesK + offset, map, shared_.full[ring_.slot],
-               slice * 64, first, h, b);
+      load_box(place(slice, offset), map, shared_.full[ring_.slot], slice * 64, first, h, b);
     }
+  }
+  __device__ __forceinline__ unsigned char* place(int slice, int offset) {
+    return reinterpret_cast<unsigned char*>(shared_.slots[ring_.slot]) +
+           slice * Traits::kSliceBytesK + offset;
   }
 
   const SparseForwardSm90Params& params_;

@@ -67,6 +67,7 @@ struct SparseForwardSm90Shared {
 
 struct SparseForwardSm90Params {
   CUtensorMap q, k, v;
+  CUtensorMap cut_v;              // for load_cut_box()
   CUtensorMap sums, ragged_sums;  // with a linear tile: H_i in o, and elsewhere
   SparseForward forward;
   int32_t num_blocks;  // query blocks of all heads
