@@ -362,15 +362,15 @@ TEST(HopperLinear, ManyKeys) {
 }
 
 /// What comes after a key block of few rows lies in the same copy. Here it is NaN, and no sum but
-/// that of the last sequence has a part of it: that one's blocks make a tile of sums and a chunk of
-/// states of their own, and without critical blocks the linear branch alone reads values.
+/// that of the last sequence has a part of it: without critical blocks the linear branch alone
+/// reads values.
 TEST(HopperLinear, RowsOfOtherBlocksAreNotRead) {
   uint64_t seed = 0;
   for (const DType dtype : {DType::kF16, DType::kBF16}) {
     for (const Combine combine : {Combine::kLinear, Combine::kProjection}) {
       const OnHopper on_hopper(2);
       const OrderByTurns order(++seed);
-      constexpr int64_t kLast = 128, kRows = 3;
+      constexpr int64_t kLast = 10, kRows = 3;
       Case c = plain_case();
       Problem& p = c.problem;
       p.num_heads = 1;
@@ -403,6 +403,111 @@ TEST(HopperLinear, RowsOfOtherBlocksAreNotRead) {
       EXPECT_TRUE(std::equal(got.o.row(0, 0, 0), got.o.row(0, 0, kLast), want.o.row(0, 0, 0)))
           << describe(c);
       EXPECT_TRUE(std::isnan(got.o.row(0, 0, kLast)[0])) << describe(c);
+    }
+  }
+}
+
+/// Whether two arrays are the same in rows [begin, end) of all heads.
+bool is_same_in_rows(const Array& a, const Array& b, int64_t begin, int64_t end) {
+  for (int64_t item = 0; item < a.shape[0]; ++item) {
+    for (int64_t h = 0; h < a.shape[1]; ++h) {
+      for (int64_t n = begin; n < end; ++n) {
+        if (!std::equal(a.row(item, h, n), a.row(item, h, n) + a.shape[3], b.row(item, h, n))) {
+          return false;
+        }
+      }
+    }
+  }
+  return true;
+}
+
+/// Packed sequences, whose blocks lie in the same copies, tiles of sums and chunks of states: NaN
+/// or infinity in the keys and values of one of them reaches no other.
+TEST(Hopper, PackedSequencesDoNotMeet) {
+  uint64_t seed = 0;
+  for (const int64_t dim : {64, 128}) {
+    for (const Combine combine :
+         {Combine::kSparse, Combine::kSum, Combine::kProjection, Combine::kBlend}) {
+      for (const double poison : {std::nan(""), HUGE_VAL}) {
+        const OnHopper on_hopper(2);
+        const OrderByTurns order(++seed);
+        Case c = plain_case();
+        c.seed = seed;
+        Problem& p = c.problem;
+        p.num_heads = 1;
+        p.head_dim = dim;
+        p.dtype = seed % 4 < 2 ? DType::kBF16 : DType::kF16;
+        p.block_q = 128;
+        p.block_k = seed % 3 == 0 ? 40 : 64;
+        p.combine = combine;
+        p.linear_scope = seed % 5 < 3 ? LinearScope::kAll : LinearScope::kMarginal;
+        constexpr int64_t kEnds[] = {0, 70, 180, 320};
+        p.num_queries = p.num_keys = kEnds[3];
+        for (int n = 0; n < 3; ++n) {
+          p.query_segments.push_back({kEnds[n], kEnds[n + 1], n, false});
+          p.key_segments.push_back({kEnds[n], kEnds[n + 1], n, false});
+        }
+        const Inputs clean = random_inputs(c);
+        std::string misuse;
+        const int64_t before = cuda::emulator::num_boxes;
+        const Outputs want = run(c, clean, &misuse);
+        EXPECT_GT(cuda::emulator::num_boxes, before) << describe(c);
+        for (const bool is_key : {false, true}) {
+          Inputs inputs = clean;
+          Array& target = is_key ? inputs.k : inputs.v;
+          for (int64_t n = kEnds[1]; n < kEnds[2]; ++n) {
+            std::fill_n(target.row(0, 0, n), dim, poison);
+          }
+          const Outputs got = run(c, inputs, &misuse);
+          const auto what = describe(c) + (is_key ? ", keys" : ", values");
+          for (int n : {0, 2}) {
+            EXPECT_TRUE(is_same_in_rows(got.o, want.o, kEnds[n], kEnds[n + 1])) << what;
+            for (int64_t r = kEnds[n]; r < kEnds[n + 1]; ++r) {
+              EXPECT_EQ(got.lse.row(0, 0, 0)[r], want.lse.row(0, 0, 0)[r]) << what;
+            }
+          }
+          if (!is_key && combine != Combine::kSparse && p.linear_scope == LinearScope::kAll) {
+            EXPECT_FALSE(std::isfinite(got.o.row(0, 0, kEnds[1])[0])) << what;
+          }
+        }
+        EXPECT_EQ(misuse, "") << describe(c);
+      }
+    }
+  }
+}
+
+/// Nor does it leave a block that is not critical.
+TEST(Hopper, ValuesOfOtherBlocksAreNotRead) {
+  uint64_t seed = 0;
+  for (const int64_t dim : {64, 128}) {
+    for (const int block_k : {24, 48, 64, 100, 128}) {
+      const OnHopper on_hopper(2);
+      const OrderByTurns order(++seed);
+      Case c = plain_case();
+      Problem& p = c.problem;
+      p.num_heads = p.num_kv_heads = 1;
+      p.num_queries = 128;
+      p.num_keys = 5 * block_k - 3;
+      p.head_dim = dim;
+      p.block_q = 128;
+      p.block_k = block_k;
+      p.combine = Combine::kSparse;
+      Inputs inputs = random_inputs(c);
+      inputs.block_class = {1, 0, 1, 0, 1};
+      std::string misuse;
+      const Outputs want = run(c, inputs, &misuse);
+      for (const int64_t j : {1, 3}) {
+        for (int64_t n = j * block_k; n < (j + 1) * block_k; ++n) {
+          std::fill_n(inputs.v.row(0, 0, n), dim, n % 2 ? std::nan("") : HUGE_VAL);
+          std::fill_n(inputs.k.row(0, 0, n), dim, n % 2 ? HUGE_VAL : std::nan(""));
+        }
+      }
+      const int64_t before = cuda::emulator::num_boxes;
+      const Outputs got = run(c, inputs, &misuse);
+      EXPECT_GT(cuda::emulator::num_boxes, before) << describe(c);
+      EXPECT_TRUE(is_same_bits(got.o, want.o)) << describe(c);
+      EXPECT_TRUE(is_same_bits(got.lse, want.lse)) << describe(c);
+      EXPECT_EQ(misuse, "") << describe(c);
     }
   }
 }
