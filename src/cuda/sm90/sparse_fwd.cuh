@@ -29,6 +29,7 @@
 #include "cuda/common/row_scan.cuh"
 #include "cuda/sm90/sparse_fwd_load.cuh"
 #include "cuda/sm90/sparse_fwd_multiply.cuh"
+#include "cuda/sm90/sparse_fwd_skip.cuh"
 #include "cuda/sm90/tensor_map.h"
 
 namespace sparline::cuda {
@@ -49,6 +50,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (int n = 0; n < 2; ++n) {
       init(shared.list_full[n], 1);
       init(shared.list_empty[n], 2);
+      if constexpr (Traits::kHasSkip) init(shared.votes.cast[n], Traits::kMultiplyWarps);
     }
     fence_barrier_init();
   }
@@ -64,7 +66,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
   } else {
     take_registers<Traits::kMultiplyRegisters>();
-    SparseForwardSm90Rows<Traits>(params, shared).run();
+    if constexpr (Traits::kHasSkip) {
+      SparseForwardSm90SkipRows<Traits>(params, shared).run();
+    } else {
+      SparseForwardSm90Rows<Traits>(params, shared).run();
+    }
   }
 }
 
@@ -101,7 +107,7 @@ bool describe(const SparseForward& params, SparseForwardSm90Params& p, int64_t& 
     }
   }
   shared_bytes = static_cast<int64_t>(sizeof(SparseForwardSm90Shared<Traits>)) +
-                 2 * RowScan::bytes(f.keys.num_blocks);
+                 (Traits::kHasSkip ? 3 : 2) * RowScan::bytes(f.keys.num_blocks);
   constexpr int64_t kMostSharedBytes = 227 * 1024;
   return shared_bytes <= kMostSharedBytes;
 }
@@ -116,6 +122,7 @@ bool launch_sparse_forward_sm90(const SparseForward& params, int num_multiproces
   int64_t shared_bytes = 0;
   if (!describe<Traits>(params, p, shared_bytes)) return false;
   p.forward.scale_log2 = std::max(params.scale * kLog2E, kLeastScale);
+  p.threshold_log2 = static_cast<float>(params.skip.log_threshold) * kLog2E;
   p.num_blocks = params.wave.count * f.group() * f.queries.num_blocks;
   launch(sparse_forward_sm90_kernel<Traits>,
          {.blocks = std::min(p.num_blocks, num_multiprocessors),
@@ -125,12 +132,12 @@ bool launch_sparse_forward_sm90(const SparseForward& params, int num_multiproces
   return true;
 }
 
-template <int kHeadDim, bool kHasLinear>
+template <int kHeadDim, Tiles kTiles>
 bool sparse_forward_sm90(const SparseForward& params, int num_multiprocessors, void* stream) {
   return params.dtype == DType::kBF16
-             ? launch_sparse_forward_sm90<SparseForwardSm90Traits<bf16, kHeadDim, kHasLinear>>(
+             ? launch_sparse_forward_sm90<SparseForwardSm90Traits<bf16, kHeadDim, kTiles>>(
                    params, num_multiprocessors, stream)
-             : launch_sparse_forward_sm90<SparseForwardSm90Traits<fp16, kHeadDim, kHasLinear>>(
+             : launch_sparse_forward_sm90<SparseForwardSm90Traits<fp16, kHeadDim, kTiles>>(
                    params, num_multiprocessors, stream);
 }
 

@@ -15,9 +15,11 @@ namespace sparline::cuda {
 /// them, a lane two (halves 0 and 1, rows g and g + 8 of its fragments).
 template <class Traits>
 class SparseForwardSm90Rows {
+ protected:
   using T = typename Traits::T;
   static constexpr int kHeadDim = Traits::kHeadDim, kTileK = Traits::kTileK;
   static constexpr int kRunK = Traits::kRunK;
+  static constexpr float kLazyLog2 = 8.0f;  // how far scores may rise above the maxima
   static constexpr int kFirstTurn = 1, kMultiplyThreads = Traits::kMultiplyWarps * kWarpSize;
 
  public:
@@ -77,7 +79,7 @@ class SparseForwardSm90Rows {
     if (Traits::kTakesTurns && warp_index() < 8) sync_named(kFirstTurn, kMultiplyThreads);
   }
 
- private:
+ protected:
   __device__ __forceinline__ void release(int slot) {
     if (lane_ == 0) arrive(shared_.empty[slot]);
   }
@@ -351,17 +353,28 @@ class SparseForwardSm90Rows {
     if (tile.num_keys != (kKeys == kTileK ? TileInfo::kFull : kRunK)) mask_keys<kKeys>(s, tile);
     is_raised_ = false;
   }
-  /// Raises the maxima of the rows where a run's scores are too high for them.
   template <int kRun, int kSize>
   __device__ __forceinline__ void find_tops(float (&s)[kSize]) {
-    constexpr float kLazyLog2 = 8.0f;
+    float top[2];
+    find_lane_tops<kRun>(s, top);
+    follow_tops<kRun>(top, kLazyLog2, s);
+  }
+  /// The largest scores of a run in this lane's columns, log2 units.
+  template <int kRun, int kSize>
+  __device__ __forceinline__ void find_lane_tops(const float (&s)[kSize], float (&top)[2]) const {
     constexpr int kFirst = kRun * kRunK / 2;
     float tops[4] = {s[kFirst], s[kFirst + 1], s[kFirst + 2], s[kFirst + 3]};
 #pragma unroll
     for (int n = 4; n < kRunK / 2; ++n) tops[n % 4] = fmaxf(tops[n % 4], s[kFirst + n]);
-    const float top[2] = {fmaxf(tops[0], tops[1]) * p_.scale_log2,
-                          fmaxf(tops[2], tops[3]) * p_.scale_log2};
-    const bool is_high = top[0] > row_max_[0] + kLazyLog2 || top[1] > row_max_[1] + kLazyLog2;
+    top[0] = fmaxf(tops[0], tops[1]) * p_.scale_log2;
+    top[1] = fmaxf(tops[2], tops[3]) * p_.scale_log2;
+  }
+  /// Raises the maxima of the rows where a run's scores are too high for them.
+  template <int kRun, int kSize>
+  __device__ __forceinline__ void follow_tops(const float (&top)[2], float lazy_log2,
+                                              float (&s)[kSize]) {
+    constexpr int kFirst = kRun * kRunK / 2;
+    const bool is_high = top[0] > row_max_[0] + lazy_log2 || top[1] > row_max_[1] + lazy_log2;
     if (__any_sync(kAllLanes, is_high)) {
       raise(top);
 #pragma unroll
