@@ -2,8 +2,9 @@
 //
 // The sparse branch, forward, on Hopper (sm_90a). Over the critical key blocks j of query block i
 //     S = scale q_i k_j^T,  o_s = softmax(S) v,  lse = ln sum exp S
-// the same function as sm80/sparse_fwd.cuh without a policy; and, where the sums of the linear
-// branch are there already, its combination with that, as sm80/linear_fwd.cu has it (kHasLinear):
+// the same function as sm80/sparse_fwd.cuh without a policy, or with a skip rule (kHasSkip,
+// sparse_fwd_skip.cuh); and, where the sums of the linear branch are there already, its combination
+// with that, as sm80/linear_fwd.cu has it (kHasLinear):
 //     o = a o_s + c phi(q) H_i / (phi(q) . Z_i)
 //
 //   Tiles     128 queries x 128 keys: two runs of up to 64 keys, wherever they lie, or one

@@ -304,8 +304,8 @@ class SparseForwardSm90Loader {
             static_cast<int>(passes >> 8 & 0xff)};
   }
 
-  /// Values of the runs that stay, one behind the other: the decisions of decide() (sparse_fwd_skip
-  /// .cuh), from the same votes.
+  /// Values of the runs that stay, one behind the other. The decisions are those of
+  /// SparseForwardSm90SkipRows::decide(), from the same votes.
   __device__ __forceinline__ void load_kept(const KeyRun& first, const KeyRun& second,
                                             const BlockPlace& at) {
     constexpr uint32_t kRunBytes = kRunK * kHeadDim * 2;

@@ -176,18 +176,15 @@ class SparseForwardSm90SkipRows : SparseForwardSm90Rows<Traits> {
     float first[2], second[2] = {-INFINITY, -INFINITY};
     this->template find_lane_tops<0>(s, first);
     if constexpr (kKeys > kRunK) this->template find_lane_tops<1>(s, second);
-    uint32_t vote = 0;
+    Vote vote, second_vote{false, 0};
     if (is_tile_a_block()) {
       const float both[2] = {fmaxf(first[0], second[0]), fmaxf(first[1], second[1])};
-      vote = ask(both, limit, TileInfo::kIsKept, Round::kWantsFirst, Round::kPassesFirst, tile);
+      vote = ask(both, limit, TileInfo::kIsKept, tile);
     } else {
-      vote = ask(first, limit, TileInfo::kIsKept, Round::kWantsFirst, Round::kPassesFirst, tile);
-      if constexpr (kKeys > kRunK) {
-        vote |= ask(second, limit, TileInfo::kIsSecondKept, Round::kWantsSecond,
-                    Round::kPassesSecond, tile);
-      }
+      vote = ask(first, limit, TileInfo::kIsKept, tile);
+      if constexpr (kKeys > kRunK) second_vote = ask(second, limit, TileInfo::kIsSecondKept, tile);
     }
-    cast(0, vote);
+    cast(0, vote, second_vote);
     Kept kept{wants(0, vote, Round::kWantsFirst), false};
     if (kept.first) {
       follow<0>(first, s);
@@ -197,12 +194,11 @@ class SparseForwardSm90SkipRows : SparseForwardSm90Rows<Traits> {
       if (is_tile_a_block()) {
         kept.second = kept.first;
       } else {
-        kept.second = wants(0, vote, Round::kWantsSecond);
+        kept.second = wants(0, second_vote, Round::kWantsSecond);
         if (kept.first && kept.second) {
           find_limits(limit);
-          const uint32_t again = ask(second, limit, TileInfo::kIsSecondKept, Round::kWantsSecond,
-                                     Round::kPassesSecond, tile);
-          cast(1, again);
+          const Vote again = ask(second, limit, TileInfo::kIsSecondKept, tile);
+          cast(1, {false, 0}, again);
           kept.second = wants(1, again, Round::kWantsSecond);
           state_.vote_parities ^= 2;
         }
@@ -234,35 +230,41 @@ class SparseForwardSm90SkipRows : SparseForwardSm90Rows<Traits> {
     }
   }
 
-  /// The warp's vote on a run: whether a row is not below its limit, and how many rows are. `top`:
-  /// of this lane's columns.
-  __device__ __forceinline__ uint32_t ask(const float (&top)[2], const float (&limit)[2],
-                                          uint32_t kept_flag, uint32_t wants_bit, int passes_shift,
-                                          const TileInfo& tile) const {
-    const int num_rows = shared_.places[block_].rows - this->warp_row_;
-    uint32_t wanting = 0, num_passes = 0;
+  /// The warp's vote on a run: whether a row is not below its limit, and how many rows are. Apart
+  /// from each other up to cast(): only the first one is of ballots alone, which tells ptxas that
+  /// all lanes go the same way.
+  struct Vote {
+    bool wants;
+    int num_passes;
+  };
+  /// `top`: of this lane's columns.
+  __device__ __forceinline__ Vote ask(const float (&top)[2], const float (&limit)[2],
+                                      uint32_t kept_flag, const TileInfo& tile) const {
+    const int num_rows = min(max(shared_.places[block_].rows - this->warp_row_, 0), 16);
+    uint32_t rows = 0;  // that want it, a bit each
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int num_lanes = 4 * max(num_rows - half * 8, 0);  // of rows that there are
-      const uint32_t all = num_lanes >= kWarpSize ? ~0u : (1u << num_lanes) - 1u;
-      uint32_t lanes = __ballot_sync(kAllLanes, !(top[half] < limit[half])) & all;
-      wanting |= lanes;
+      const bool is_row = lane_ / 4 + half * 8 < num_rows;
+      uint32_t lanes = __ballot_sync(kAllLanes, is_row && !(top[half] < limit[half]));
       lanes |= lanes >> 1;
       lanes |= lanes >> 2;  // the first lane of each row speaks for all four
-      num_passes += static_cast<uint32_t>(__popc(~lanes & all & 0x11111111u));
+      rows |= (lanes & 0x11111111u) << half;
     }
-    if ((tile.num_keys & kept_flag) != 0) return wants_bit;
-    return (wanting != 0 ? wants_bit : 0u) | num_passes << passes_shift;
+    const bool is_kept_anyhow = (tile.num_keys & kept_flag) != 0;
+    return {rows != 0 || is_kept_anyhow, is_kept_anyhow ? 0 : num_rows - __popc(rows)};
   }
   __device__ uint32_t parity(int round) const { return state_.vote_parities >> round & 1; }
-  __device__ __forceinline__ void cast(int round, uint32_t vote) {
+  __device__ __forceinline__ void cast(int round, const Vote& first, const Vote& second) {
     if (lane_ != 0) return;
-    shared_.votes.words[round][parity(round)][warp_index() - 4] = vote;
+    shared_.votes.words[round][parity(round)][warp_index() - 4] =
+        (first.wants ? Round::kWantsFirst : 0u) | (second.wants ? Round::kWantsSecond : 0u) |
+        static_cast<uint32_t>(first.num_passes) << Round::kPassesFirst |
+        static_cast<uint32_t>(second.num_passes) << Round::kPassesSecond;
     arrive(shared_.votes.cast[round]);
   }
   /// Whether any warp wants a run. The own vote is enough where it says so.
-  __device__ __forceinline__ bool wants(int round, uint32_t own, uint32_t wants_bit) {
-    if ((own & wants_bit) != 0) return true;
+  __device__ __forceinline__ bool wants(int round, const Vote& own, uint32_t wants_bit) {
+    if (own.wants) return true;
     wait(shared_.votes.cast[round], parity(round));
     const auto* const votes =
         reinterpret_cast<const uint4*>(shared_.votes.words[round][parity(round)]);
