@@ -60,6 +60,7 @@ std::string hopper_forward(const Plan& plan) {
   const std::string why = cuda::why_forward_is_portable(plan.problem);
   if (!why.empty()) return "the portable kernel, because " + why;
   std::string words = "Hopper's own kernel, where rows lie in memory order";
+  if (plan.problem.skip.reference != SkipReference::kNone) words += " and tiles ascend";
   const std::string why_linear = cuda::why_linear_is_portable(plan);
   if (has_linear_branch(plan.problem) && !why_linear.empty()) {
     words += "; the portable ones for the linear branch, because " + why_linear;

@@ -57,6 +57,8 @@ const char* why_linear_is_portable(const Plan& plan, const Frame& frame) {
   if (!has_linear_branch(p)) return "there is none";
   if (arch != 0 && arch != 90) return "the device is not Hopper";
   if (const char* const why = why_forward_is_portable(p); *why != '\0') return why;
+  if (p.skip.reference != SkipReference::kNone)
+    return "the sparse kernel does not combine under a skip rule";
   if (has_feature_weights(p)) return "hedgehog maps have no other";
   if (p.block_q < p.head_dim) return "block_q is below head_dim";
   if (p.block_k > 64) return "block_k is above 64";
@@ -125,7 +127,9 @@ struct ForwardSpace {
 
 const char* why_forward_is_portable(const Problem& p) {
   if (p.low_bit.is_enabled) return "low bit has no other";
-  if (p.skip.reference != SkipReference::kNone) return "skip rules have no other";
+  if (p.skip.reference != SkipReference::kNone && p.skip.rows != 0 && p.skip.rows != p.block_q) {
+    return "rows of a query block that skip apart have no other";
+  }
   if (p.block_map == BlockMap::kSoft) return "soft maps have no other";
   if (p.bit_rows > 0) return "tile bits have no other";
   if (p.head_dim != 64 && p.head_dim != 128) return "head_dim is neither 64 nor 128";

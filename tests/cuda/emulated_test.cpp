@@ -42,8 +42,7 @@ Case on_cuda(Case c) {
   return c;
 }
 
-void check_case(const Case& c, double slack = 1.0) {
-  Inputs inputs = random_inputs(c);
+Outputs check_inputs(const Case& c, Inputs inputs, double slack = 1.0) {
   std::string misuse;
   const Outputs got = run(c, inputs, &misuse);
   inputs.kept_bits = got.kept_bits;
@@ -58,7 +57,10 @@ void check_case(const Case& c, double slack = 1.0) {
   }
   // Where a row has one or two key blocks little is left of it, against the bf16 of the states.
   EXPECT_LT(error(got_map, want_map, 1.0), 0.1 * slack) << describe(c);
+  return got;
 }
+
+void check_case(const Case& c, double slack = 1.0) { check_inputs(c, random_inputs(c), slack); }
 
 Case plain_case() {
   Case c{.seed = 1};
@@ -362,15 +364,15 @@ TEST(HopperLinear, ManyKeys) {
 }
 
 /// What comes after a key block of few rows lies in the same copy. Here it is NaN, and no sum but
-/// that of the last sequence has a part of it: that one's blocks make a tile of sums and a chunk of
-/// states of their own, and without critical blocks the linear branch alone reads values.
+/// that of the last sequence has a part of it: without critical blocks the linear branch alone
+/// reads values.
 TEST(HopperLinear, RowsOfOtherBlocksAreNotRead) {
   uint64_t seed = 0;
   for (const DType dtype : {DType::kF16, DType::kBF16}) {
     for (const Combine combine : {Combine::kLinear, Combine::kProjection}) {
       const OnHopper on_hopper(2);
       const OrderByTurns order(++seed);
-      constexpr int64_t kLast = 128, kRows = 3;
+      constexpr int64_t kLast = 10, kRows = 3;
       Case c = plain_case();
       Problem& p = c.problem;
       p.num_heads = 1;
@@ -403,6 +405,111 @@ TEST(HopperLinear, RowsOfOtherBlocksAreNotRead) {
       EXPECT_TRUE(std::equal(got.o.row(0, 0, 0), got.o.row(0, 0, kLast), want.o.row(0, 0, 0)))
           << describe(c);
       EXPECT_TRUE(std::isnan(got.o.row(0, 0, kLast)[0])) << describe(c);
+    }
+  }
+}
+
+/// Whether two arrays are the same in rows [begin, end) of all heads.
+bool is_same_in_rows(const Array& a, const Array& b, int64_t begin, int64_t end) {
+  for (int64_t item = 0; item < a.shape[0]; ++item) {
+    for (int64_t h = 0; h < a.shape[1]; ++h) {
+      for (int64_t n = begin; n < end; ++n) {
+        if (!std::equal(a.row(item, h, n), a.row(item, h, n) + a.shape[3], b.row(item, h, n))) {
+          return false;
+        }
+      }
+    }
+  }
+  return true;
+}
+
+/// Packed sequences, whose blocks lie in the same copies, tiles of sums and chunks of states: NaN
+/// or infinity in the keys and values of one of them reaches no other.
+TEST(Hopper, PackedSequencesDoNotMeet) {
+  uint64_t seed = 0;
+  for (const int64_t dim : {64, 128}) {
+    for (const Combine combine :
+         {Combine::kSparse, Combine::kSum, Combine::kProjection, Combine::kBlend}) {
+      for (const double poison : {std::nan(""), HUGE_VAL}) {
+        const OnHopper on_hopper(2);
+        const OrderByTurns order(++seed);
+        Case c = plain_case();
+        c.seed = seed;
+        Problem& p = c.problem;
+        p.num_heads = 1;
+        p.head_dim = dim;
+        p.dtype = seed % 4 < 2 ? DType::kBF16 : DType::kF16;
+        p.block_q = 128;
+        p.block_k = seed % 3 == 0 ? 40 : 64;
+        p.combine = combine;
+        p.linear_scope = seed % 5 < 3 ? LinearScope::kAll : LinearScope::kMarginal;
+        constexpr int64_t kEnds[] = {0, 70, 180, 320};
+        p.num_queries = p.num_keys = kEnds[3];
+        for (int n = 0; n < 3; ++n) {
+          p.query_segments.push_back({kEnds[n], kEnds[n + 1], n, false});
+          p.key_segments.push_back({kEnds[n], kEnds[n + 1], n, false});
+        }
+        const Inputs clean = random_inputs(c);
+        std::string misuse;
+        const int64_t before = cuda::emulator::num_boxes;
+        const Outputs want = run(c, clean, &misuse);
+        EXPECT_GT(cuda::emulator::num_boxes, before) << describe(c);
+        for (const bool is_key : {false, true}) {
+          Inputs inputs = clean;
+          Array& target = is_key ? inputs.k : inputs.v;
+          for (int64_t n = kEnds[1]; n < kEnds[2]; ++n) {
+            std::fill_n(target.row(0, 0, n), dim, poison);
+          }
+          const Outputs got = run(c, inputs, &misuse);
+          const auto what = describe(c) + (is_key ? ", keys" : ", values");
+          for (int n : {0, 2}) {
+            EXPECT_TRUE(is_same_in_rows(got.o, want.o, kEnds[n], kEnds[n + 1])) << what;
+            for (int64_t r = kEnds[n]; r < kEnds[n + 1]; ++r) {
+              EXPECT_EQ(got.lse.row(0, 0, 0)[r], want.lse.row(0, 0, 0)[r]) << what;
+            }
+          }
+          if (!is_key && combine != Combine::kSparse && p.linear_scope == LinearScope::kAll) {
+            EXPECT_FALSE(std::isfinite(got.o.row(0, 0, kEnds[1])[0])) << what;
+          }
+        }
+        EXPECT_EQ(misuse, "") << describe(c);
+      }
+    }
+  }
+}
+
+/// Nor does it leave a block that is not critical.
+TEST(Hopper, ValuesOfOtherBlocksAreNotRead) {
+  uint64_t seed = 0;
+  for (const int64_t dim : {64, 128}) {
+    for (const int block_k : {24, 48, 64, 100, 128}) {
+      const OnHopper on_hopper(2);
+      const OrderByTurns order(++seed);
+      Case c = plain_case();
+      Problem& p = c.problem;
+      p.num_heads = p.num_kv_heads = 1;
+      p.num_queries = 128;
+      p.num_keys = 5 * block_k - 3;
+      p.head_dim = dim;
+      p.block_q = 128;
+      p.block_k = block_k;
+      p.combine = Combine::kSparse;
+      Inputs inputs = random_inputs(c);
+      inputs.block_class = {1, 0, 1, 0, 1};
+      std::string misuse;
+      const Outputs want = run(c, inputs, &misuse);
+      for (const int64_t j : {1, 3}) {
+        for (int64_t n = j * block_k; n < (j + 1) * block_k; ++n) {
+          std::fill_n(inputs.v.row(0, 0, n), dim, n % 2 ? std::nan("") : HUGE_VAL);
+          std::fill_n(inputs.k.row(0, 0, n), dim, n % 2 ? HUGE_VAL : std::nan(""));
+        }
+      }
+      const int64_t before = cuda::emulator::num_boxes;
+      const Outputs got = run(c, inputs, &misuse);
+      EXPECT_GT(cuda::emulator::num_boxes, before) << describe(c);
+      EXPECT_TRUE(is_same_bits(got.o, want.o)) << describe(c);
+      EXPECT_TRUE(is_same_bits(got.lse, want.lse)) << describe(c);
+      EXPECT_EQ(misuse, "") << describe(c);
     }
   }
 }
@@ -464,6 +571,141 @@ TEST(Hopper, ResultsDoNotDependOnTheOrderOfThreads) {
   for (uint64_t seed = 4100; seed < 4104; ++seed) {
     const Case c = hopper_case(seed);
     const Inputs inputs = random_inputs(c);
+    std::string misuse;
+    set_order(Order::kForward);
+    const Outputs want = run(c, inputs, &misuse);
+    for (const Order order : {Order::kReverse, Order::kRandom}) {
+      set_order(order, seed);
+      expect_same_bits(run(c, inputs, &misuse), want, describe(c));
+    }
+    set_order(Order::kForward);
+    EXPECT_EQ(misuse, "") << describe(c);
+  }
+}
+
+// With a skip rule ---------------------------------------------------------------------------
+
+/// A random case of a skip rule that Hopper's forward serves.
+Case skip_case(uint64_t seed) {
+  Case c = hopper_case(seed);
+  Problem& p = c.problem;
+  std::mt19937_64 engine(seed * 7);
+  const auto pick = [&](auto... choices) {
+    const std::common_type_t<decltype(choices)...> all[] = {choices...};
+    return all[engine() % sizeof...(choices)];
+  };
+  p.skip = {.reference = pick(SkipReference::kRunningMax, SkipReference::kKeptLse),
+            .log_threshold = pick(-0.2, -1.0, -2.0, -3.0, -HUGE_VAL),
+            .rows = pick(0, p.block_q)};
+  if (pick(false, true)) p.block_map = BlockMap::kNone;
+  if (pick(false, true)) p.combine = Combine::kSparse;
+  if (p.key_segments.empty()) p.num_keys += pick(0, 100, 500);
+  return c;
+}
+
+/// Keys of which some blocks say little to all queries.
+Inputs skip_inputs(const Case& c) {
+  Inputs inputs = random_inputs(c);
+  std::mt19937_64 engine(c.seed * 11);
+  constexpr double kFactors[] = {0.02, 0.02, 0.3, 1.0, 2.5};
+  for (int64_t b = 0; b < c.problem.batch; ++b) {
+    for (int64_t h = 0; h < c.problem.num_kv_heads; ++h) {
+      double factor = 1.0;
+      for (int64_t n = 0; n < c.problem.num_keys; ++n) {
+        if (n % c.problem.block_k == 0) factor = kFactors[engine() % 5];
+        double* const row = inputs.k.row(b, h, n);
+        for (int64_t d = 0; d < c.problem.head_dim; ++d) row[d] *= factor;
+      }
+    }
+  }
+  inputs.k = rounded(inputs.k, c.problem.dtype);
+  return inputs;
+}
+
+int64_t num_bits(const std::vector<uint8_t>& bytes) {
+  int64_t num = 0;
+  for (const uint8_t byte : bytes) num += __builtin_popcount(byte);
+  return num;
+}
+
+TEST(HopperSkip, RandomCases) {
+  const int64_t only = from_environment("SPARLINE_SEED", -1);
+  const uint64_t num = only >= 0 ? 1 : num_cases(32);
+  int64_t num_served = 0;
+  for (uint64_t n = 0; n < num; ++n) {
+    const uint64_t seed = only >= 0 ? static_cast<uint64_t>(only) : 6000 + n;
+    const OnHopper on_hopper(1 + static_cast<int>(seed % 3));
+    const OrderByTurns order(seed);
+    const Case c = skip_case(seed);
+    const int64_t before = cuda::emulator::num_boxes;
+    check_inputs(c, skip_inputs(c));
+    num_served += cuda::emulator::num_boxes > before;
+  }
+  EXPECT_GT(num_served, static_cast<int64_t>(num) / 2);
+}
+
+/// Long rows of key blocks, in every order of threads, with counts of what was copied: keys of all
+/// blocks, values of those that stay.
+TEST(HopperSkip, ValuesOfSkippedBlocksAreNotLoaded) {
+  uint64_t seed = 0;
+  for (const SkipReference reference : {SkipReference::kRunningMax, SkipReference::kKeptLse}) {
+    for (const int64_t dim : {64, 128}) {
+      for (const int block_k : {32, 64, 100, 128}) {
+        const OnHopper on_hopper(2);
+        const OrderByTurns order(++seed);
+        Case c = plain_case();
+        c.seed = seed;
+        c.layout = seed % 2 ? Layout::kBNHD : Layout::kBHND;
+        Problem& p = c.problem;
+        p.num_queries = 128 + 70;
+        p.num_keys = 21 * block_k - 5;
+        p.head_dim = dim;
+        p.dtype = seed % 4 < 2 ? DType::kBF16 : DType::kF16;
+        p.block_q = 128;
+        p.block_k = block_k;
+        p.block_map = BlockMap::kNone;
+        p.combine = Combine::kSparse;
+        p.skip = {reference, reference == SkipReference::kRunningMax ? -1.0 : -3.5, 0};
+        const int64_t before = cuda::emulator::num_boxes;
+        const Outputs got = check_inputs(c, skip_inputs(c));
+        const int64_t num_slices = dim / 64;
+        int64_t num_boxes = 0;  // of the forward: the backward has none
+        for (int64_t row = 0; row < 2 * p.num_heads; ++row) {
+          num_boxes += 1 + 21 * (block_k > 64 ? 2 : 1);  // queries, keys
+          for (int64_t j = 0; j < 21; ++j) {
+            if ((got.kept_bits[static_cast<size_t>(row * 3 + j / 8)] >> (j % 8) & 1) == 0) continue;
+            num_boxes += block_k > 64 ? 2 : 1;
+          }
+        }
+        EXPECT_EQ(cuda::emulator::num_boxes - before, num_boxes * num_slices) << describe(c);
+        const int64_t num_kept = num_bits(got.kept_bits), num_all = 2 * p.num_heads * 21;
+        EXPECT_GT(num_kept, num_all / 8) << describe(c);
+        EXPECT_LT(num_kept, num_all * 7 / 8) << describe(c);
+      }
+    }
+  }
+}
+
+/// The portable kernel decides as Hopper's does, tile by tile; where scores are far from a limit.
+TEST(HopperSkip, KeepsWhatThePortableKernelKeeps) {
+  for (uint64_t seed = 6100; seed < 6108; ++seed) {
+    Case c = skip_case(seed);
+    const Inputs inputs = skip_inputs(c);
+    std::string misuse;
+    const Outputs want = run(c, inputs, &misuse);
+    const OnHopper on_hopper;
+    const Outputs got = run(c, inputs, &misuse);
+    EXPECT_EQ(misuse, "") << describe(c);
+    EXPECT_EQ(got.kept_bits, want.kept_bits) << describe(c);
+    EXPECT_TRUE(is_same_bits(got.row_votes, want.row_votes)) << describe(c);
+  }
+}
+
+TEST(HopperSkip, ResultsDoNotDependOnTheOrderOfThreads) {
+  for (uint64_t seed = 6200; seed < 6206; ++seed) {
+    const OnHopper on_hopper(1 + static_cast<int>(seed % 3));
+    const Case c = skip_case(seed);
+    const Inputs inputs = skip_inputs(c);
     std::string misuse;
     set_order(Order::kForward);
     const Outputs want = run(c, inputs, &misuse);

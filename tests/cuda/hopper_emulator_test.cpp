@@ -177,6 +177,44 @@ TEST(HopperCopies, AreSwizzledAndEndWithZeros) {
   }
 }
 
+/// The first rows of a box of 16 rows at row n.
+__global__ void cut_copy_kernel(const __grid_constant__ CUtensorMap map, int n, int num_rows,
+                                unsigned char* out) {
+  SPARLINE_DYNAMIC_SHARED_ALIGNED(shared, 1024);
+  auto& full = *reinterpret_cast<Barrier*>(shared + 2048);
+  if (threadIdx.x == 0) {
+    init(full, 1);
+    arrive_expecting(full, 2048);
+    load_cut_box(shared, map, full, 0, n, num_rows, 16, 0, 0);
+    wait(full, 0);
+    std::memcpy(out, shared, 2048);
+  }
+}
+TEST(HopperCopies, EndWhereTheyAreCut) {
+  constexpr int kRows = 20;
+  const auto x = random_values<bf16>(kRows * 64, 3);
+  const Rows rows{.data = const_cast<bf16*>(x.data()), .stride_n = 64, .is_vectorised = true};
+  CUtensorMap map{};
+  ASSERT_TRUE(encode_cut_rows(map, rows, DType::kBF16, 1, 1, kRows, 64, 16));
+  for (const int first : {0, 7, 16, 20}) {
+    for (const int num_rows : {0, 1, 4, 16}) {
+      if (first + num_rows > kRows) continue;
+      std::vector<unsigned char> out(2048);
+      launch(cut_copy_kernel, {.blocks = 1, .threads = 32, .shared_bytes = 2048 + 8}, nullptr, map,
+             first, num_rows, out.data());
+      for (int r = 0; r < 16; ++r) {
+        for (int c = 0; c < 64; ++c) {
+          bf16 got{};
+          std::memcpy(&got, out.data() + r * 128 + (c / 8 ^ r % 8) * 16 + c % 8 * 2, 2);
+          const bool is_there = r < num_rows;
+          const float want = is_there ? to_float(x[size_t(first + r) * 64 + size_t(c)]) : 0.0f;
+          ASSERT_EQ(to_float(got), want) << first << " " << num_rows << " " << r << " " << c;
+        }
+      }
+    }
+  }
+}
+
 constexpr int kBlocks = 3;  // that have room beside each other
 
 /// Block n waits for n counts of the others, in one of the two ways.

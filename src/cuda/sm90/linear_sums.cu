@@ -124,7 +124,11 @@ bool linear_sums_sm90(const LinearParams& params, const LinearSums& sums, std::b
                           encode_rows(p.states, states, DType::kBF16, 1, space.slots,
                                       f.keys.num_blocks, width, Traits::kChunk) &&
                           encode_rows(p.z, z, DType::kBF16, 1, space.slots, f.keys.num_blocks,
-                                      f.head_dim, Traits::kChunk);
+                                      f.head_dim, Traits::kChunk) &&
+                          encode_cut_rows(p.cut_states, states, DType::kBF16, 1, space.slots,
+                                          f.keys.num_blocks, width, Traits::kChunk) &&
+                          encode_cut_rows(p.cut_z, z, DType::kBF16, 1, space.slots,
+                                          f.keys.num_blocks, f.head_dim, Traits::kChunk);
   if (!is_encoded) return false;
   return params.dtype == DType::kBF16 ? launch_sums<bf16>(p, space, stream)
                                       : launch_sums<fp16>(p, space, stream);

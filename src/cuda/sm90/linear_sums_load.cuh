@@ -83,7 +83,6 @@ __device__ void load_sums(const LinearSumsParams& params, LinearSumsShared<Trait
   for (auto idx = static_cast<int32_t>(blockIdx.x); idx < params.num_tiles;
        idx += static_cast<int32_t>(gridDim.x)) {
     const SumTile tile(params, idx);
-    const ChunkRange range = chunk_range<Traits>(params, tile.m);
     const int32_t pair = tile.head / frame.group();
     if (tile.head != last_head) {
       last_head = tile.head;
@@ -92,21 +91,31 @@ __device__ void load_sums(const LinearSumsParams& params, LinearSumsShared<Trait
     }
     const bool is_z = tile.n == kTilesH;
     const CUtensorMap& map = is_z ? params.z : params.states;
+    const CUtensorMap& cut_map = is_z ? params.cut_z : params.cut_states;
     const int32_t column = is_z ? 0 : tile.n * kTileN;
     const int32_t place = pair % params.slots;
-    for (int32_t chunk = range.begin; chunk < range.end; ++chunk, ring.advance()) {
-      ready.wait_for(pair, chunk);
-      wait(shared.sum_empty[ring.slot], ring.parity ^ 1);
-      if (elect_one()) {
-        Barrier& full = shared.sum_full[ring.slot];
-        arrive_expecting(full, kChunk * kTileN * 2);
+    for (SumRange range; next_range<Traits>(params, tile.m, range);) {
+      for (int32_t j = range.begin; j < range.end; j += kChunk, ring.advance()) {
+        const int32_t num_states = min(kChunk, range.end - j);
+        ready.wait_for(pair, j / kChunk);
+        const int32_t last = (j + num_states - 1) / kChunk;
+        if (last != j / kChunk) ready.wait_for(pair, last);
+        wait(shared.sum_empty[ring.slot], ring.parity ^ 1);
+        if (elect_one()) {
+          Barrier& full = shared.sum_full[ring.slot];
+          arrive_expecting(full, kChunk * kTileN * 2);
 #pragma unroll
-        for (int slice = 0; slice < kTileN / 64; ++slice) {  // past the end of z: zeros
-          load_box(shared.sum_slots[ring.slot] + slice * kChunk * 64, map, full,
-                   column + slice * 64, chunk * kChunk, place, 0);
+          for (int slice = 0; slice < kTileN / 64; ++slice) {  // past the end of z: zeros
+            bf16* const to = shared.sum_slots[ring.slot] + slice * kChunk * 64;
+            if (num_states < kChunk) {
+              load_cut_box(to, cut_map, full, column + slice * 64, j, num_states, kChunk, place, 0);
+            } else {
+              load_box(to, map, full, column + slice * 64, j, place, 0);
+            }
+          }
         }
+        __syncwarp();
       }
-      __syncwarp();
     }
   }
 }
@@ -133,6 +142,7 @@ __device__ void announce_states(const LinearSumsParams& params, LinearSumsShared
 
 /// Rows of the map as bits: a row of 64 key blocks is two words, in each of which bit n is block
 /// 2 n and bit 16 + n block 2 n + 1, so that a shift and a mask give two neighbours of a fragment.
+/// The first one is the first of the row's sequence.
 template <class Traits>
 __device__ void make_bits(const LinearSumsParams& params, int first_warp, int num_warps) {
   constexpr int kTileM = Traits::kTileM, kTogether = 8;
@@ -162,8 +172,8 @@ __device__ void make_bits(const LinearSumsParams& params, int first_warp, int nu
       bool is_member[kTogether];
 #pragma unroll
       for (int n = 0; n < kTogether; ++n) {
-        const int32_t j = (first + n) * 32 + lane_block;
-        is_member[n] = !is_empty && j >= query.other_begin && j < query.other_end;
+        const int32_t j = query.other_begin + (first + n) * 32 + lane_block;
+        is_member[n] = !is_empty && j < query.other_end;
         if (is_member[n] && !is_all) {
           const int8_t value = classes[j * p.map.stride_j];
           is_member[n] = p.scope == LinearScope::kMarginal ? value == 0 : value != 1;

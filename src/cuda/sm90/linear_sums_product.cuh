@@ -29,12 +29,16 @@ class LinearProduct {
     for (auto idx = static_cast<int32_t>(blockIdx.x); idx < params_.num_tiles;
          idx += static_cast<int32_t>(gridDim.x)) {
       const SumTile tile(params_, idx);
-      const ChunkRange range = chunk_range<Traits>(params_, tile.m);
-      add_chunks(tile, range);
-      if (threadIdx.x % 128 == 0) {
-        count_up(params_.pair_done + tile.head / params_.linear.frame.group());
+      SumRange range;
+      for (bool is_left = next_range<Traits>(params_, tile.m, range); is_left;) {
+        const SumRange own = range;
+        add_chunks(tile, own.template num_chunks<Traits>());
+        is_left = next_range<Traits>(params_, tile.m, range);
+        if (!is_left && threadIdx.x % 128 == 0) {
+          count_up(params_.pair_done + tile.head / params_.linear.frame.group());
+        }
+        store(tile, own);
       }
-      store(tile, range.begin == range.end);
     }
   }
 
@@ -47,24 +51,23 @@ class LinearProduct {
     return (word & (0x00010001u << kShift)) * (kOne >> kShift);
   }
 
-  __device__ __forceinline__ void add_chunks(const SumTile& tile, const ChunkRange& range) {
+  __device__ __forceinline__ void add_chunks(const SumTile& tile, int32_t num_chunks) {
 #pragma unroll
     for (int n = 0; n < kTileN / 2; ++n) sum_[n] = 0.0f;
-    const uint2* bits =
-        params_.bits +
-        ((int64_t{tile.head} * params_.tiles_m + tile.m) * params_.chunks + range.begin) * kTileM +
-        row_;
+    const uint2* bits = params_.bits +
+                        (int64_t{tile.head} * params_.tiles_m + tile.m) * params_.chunks * kTileM +
+                        row_;
     uint2 next[2] = {};  // of rows g and g + 8
     const auto load_bits = [&] {
       next[0] = __ldcg(bits);
       next[1] = __ldcg(bits + 8);
       bits += kTileM;
     };
-    if (range.begin < range.end) {
+    if (num_chunks > 0) {
       wait(shared_.sum_full[ring_.slot], ring_.parity);  // by then the map is there too
       load_bits();
     }
-    for (int32_t chunk = range.begin; chunk < range.end; ++chunk, ring_.advance()) {
+    for (int32_t chunk = 0; chunk < num_chunks; ++chunk, ring_.advance()) {
       // All of A first: ptxas 13.0 waits for every product between whose start and end a register
       // of another one is written (C7513). The other warpgroup multiplies meanwhile.
       uint32_t a[Traits::kChunk / 4];
@@ -81,7 +84,7 @@ class LinearProduct {
       // Made here, and not between the products, where ptxas would wait for them.
 #pragma unroll
       for (int n = 0; n < Traits::kChunk / 4; ++n) asm volatile("" : "+r"(a[n]));
-      if (chunk + 1 < range.end) load_bits();
+      if (chunk + 1 < num_chunks) load_bits();
       wait(shared_.sum_full[ring_.slot], ring_.parity);
       const uint32_t b =
           matrix_descriptor(shared_address(shared_.sum_slots[ring_.slot]), Traits::kSliceBytes);
@@ -97,21 +100,24 @@ class LinearProduct {
     }
   }
 
-  __device__ __forceinline__ void store(const SumTile& tile, bool is_empty) {
+  __device__ __forceinline__ void store(const SumTile& tile, const SumRange& range) {
     const Frame& frame = params_.linear.frame;
     constexpr int kTilesH = kHeadDim * kHeadDim / kTileN;
     const int32_t b = tile.head / frame.num_heads, h = tile.head % frame.num_heads;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int32_t i = tile.m * kTileM + row_ + half * 8;
+      const int row = row_ + half * 8;
+      const int32_t i = tile.m * kTileM + row;
       const float* const x = sum_ + half * 2;
-      if (i >= frame.queries.num_blocks) continue;
+      if (row < range.first || row >= range.last) continue;
       if (tile.n == kTilesH) {
         float* const to = params_.sums_z +
                           (int64_t{tile.head} * frame.queries.num_blocks + i) * kHeadDim +
                           lane_ % 4 * 2;
         const float empty =
-            is_empty ? NAN : params_.empty_rows[int64_t{tile.head} * params_.tiles_m * kTileM + i];
+            range.begin == range.end
+                ? NAN
+                : params_.empty_rows[int64_t{tile.head} * params_.tiles_m * kTileM + i];
 #pragma unroll
         for (int f = 0; f < kHeadDim / 8; ++f) {
           *reinterpret_cast<float2*>(to + f * 8) =

@@ -50,6 +50,7 @@ static_assert(sizeof(LinearSumsShared<LinearSumsTraits<bf16, 128>>) <= 227 * 102
 /// states finds, in its twos of every eight, eight neighbouring columns.
 struct LinearSumsParams {
   CUtensorMap k, v, states, z;
+  CUtensorMap cut_states, cut_z;  // for load_cut_box()
   LinearParams linear;
   Rows o;                      // out: row f of H_i is row begin + f
   bf16* ragged = nullptr;      // out (B, H, sequences, D, D): of blocks of fewer rows than features
@@ -67,26 +68,41 @@ struct LinearSumsParams {
   int32_t slots = 0;  // pairs whose states are there at a time
 };
 
-/// The chunks of key blocks that a tile of sums adds up. All lanes of a warp call it.
-struct ChunkRange {
-  int32_t begin, end;
-};
-template <class Traits>
-__device__ __forceinline__ ChunkRange chunk_range(const LinearSumsParams& params, int32_t tile_m) {
-  const Axis& queries = params.linear.frame.queries;
-  if (queries.table == nullptr) return {0, params.chunks};
-  int32_t begin = queries.num_other_blocks, end = 0;
-  for (int n = lane_index(); n < Traits::kTileM; n += kWarpSize) {
-    const int32_t i = tile_m * Traits::kTileM + n;
-    if (i >= queries.num_blocks) break;
-    const BlockInfo block = queries.table[i];
-    if (block.other_begin >= block.other_end) continue;
-    begin = min(begin, block.other_begin);
-    end = max(end, block.other_end);
+/// The sums of a tile that are of one sequence, rows [first, last), and the key blocks [begin, end)
+/// that they add up, in chunks from `begin` on: states of another sequence may be infinite or NaN,
+/// which the zeros of a map would not take away.
+struct SumRange {
+  int32_t first = 0, last = 0, begin = 0, end = 0;
+
+  template <class Traits>
+  __device__ int32_t num_chunks() const {
+    return (end - begin + Traits::kChunk - 1) / Traits::kChunk;
   }
-  begin = __reduce_min_sync(kAllLanes, begin) / Traits::kChunk;
-  end = (__reduce_max_sync(kAllLanes, end) + Traits::kChunk - 1) / Traits::kChunk;
-  return {begin, max(begin, end)};
+};
+/// Goes on to the next sequence of the tile, from SumRange{} on; false if there is none. All lanes
+/// of a warp call it.
+template <class Traits>
+__device__ __forceinline__ bool next_range(const LinearSumsParams& params, int32_t tile_m,
+                                           SumRange& range) {
+  const Axis& queries = params.linear.frame.queries;
+  const int32_t num_rows = min(Traits::kTileM, queries.num_blocks - tile_m * Traits::kTileM);
+  if (range.last >= num_rows) return false;
+  range.first = range.last;
+  range.last = num_rows;
+  range.end = queries.num_other_blocks;
+  if (queries.table == nullptr) return true;
+  const BlockInfo* const blocks = queries.table + tile_m * Traits::kTileM;
+  const BlockInfo block = blocks[range.first];
+  range.begin = block.other_begin;
+  range.end = max(block.other_begin, block.other_end);
+  for (int32_t n = range.first; n < num_rows; n += kWarpSize) {
+    const int32_t own = min(n + lane_index(), num_rows - 1);
+    const uint32_t others = __ballot_sync(kAllLanes, blocks[own].sequence != block.sequence);
+    if (others == 0) continue;
+    range.last = n + __ffs(static_cast<int>(others)) - 1;
+    break;
+  }
+  return true;
 }
 
 /// A tile of the product. Tiles that share their states are neighbours.

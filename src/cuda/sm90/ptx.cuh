@@ -124,6 +124,18 @@ __device__ __forceinline__ void load_box_once(void* shared, const CUtensorMap& m
       "l"(&map), "r"(shared_address(&barrier)), "r"(d), "r"(n), "r"(h), "r"(b), "l"(policy)
       : "memory");
 }
+/// Of the box at (d, n, h, b) the first `num_rows` rows, which may be none, and zeros for the
+/// others: nothing else is read. `box_rows` and `map` as encode_cut_rows() was told.
+__device__ __forceinline__ void load_cut_box(void* shared, const CUtensorMap& map, Barrier& barrier,
+                                             int32_t d, int32_t n, int32_t num_rows,
+                                             int32_t box_rows, int32_t h, int32_t b) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(d), "r"(box_rows - num_rows), "r"(n + num_rows),
+      "r"(h), "r"(b)
+      : "memory");
+}
 /// Starts copying `bytes` bytes, a multiple of 16 at multiples of 16.
 __device__ __forceinline__ void load_bytes(void* shared, const void* global, uint32_t bytes,
                                            Barrier& barrier) {

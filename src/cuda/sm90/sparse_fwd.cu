@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What the Hopper forward serves: compute capability 9.0, head_dim 64 or 128, query blocks of 65 to
-// 128 rows, rows in memory order that the copy engine can read, no policy on tiles. The environment
-// variable SPARLINE_CUDA_ARCH=80, read once, keeps to the portable kernels.
+// 128 rows, rows in memory order that the copy engine can read; of policies on tiles a skip rule of
+// whole query blocks. The environment variable SPARLINE_CUDA_ARCH=80, read once, keeps to the
+// portable kernels.
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -10,6 +11,7 @@
 #include "cuda/common/platform.cuh"
 #include "cuda/device.h"
 #include "cuda/kernels.h"
+#include "cuda/sm90/tiles.h"
 
 namespace sparline::cuda {
 namespace {
@@ -28,18 +30,20 @@ bool is_forced_portable() {
   return is_forced;
 }
 
+bool has_skip(const SparseForward& p) { return p.skip.reference != SkipReference::kNone; }
+
 bool fits(const SparseForward& p) {
-  const bool has_policy = p.map.is_soft || p.tile_bits.data != nullptr ||
-                          p.skip.reference != SkipReference::kNone || p.tile_order != nullptr ||
+  const bool has_policy = p.map.is_soft || p.tile_bits.data != nullptr || p.tile_order != nullptr ||
                           p.low_bit.is_enabled;
+  const bool has_groups = has_skip(p) && p.kept_bits.groups > 1;
   const int32_t head_dim = p.frame.head_dim;
-  return !has_policy && (head_dim == 64 || head_dim == 128) && p.block_q > 64 &&
+  return !has_policy && !has_groups && (head_dim == 64 || head_dim == 128) && p.block_q > 64 &&
          p.o.is_vectorised && p.o.order == nullptr && p.lse.order == nullptr;
 }
 
 }  // namespace
 
-template <int kHeadDim, bool kHasLinear>
+template <int kHeadDim, Tiles kTiles>
 bool sparse_forward_sm90(const SparseForward& params, int num_multiprocessors,
                          void* stream);  // sparse_fwd.cuh
 
@@ -49,25 +53,26 @@ bool serves(const SparseForward& params) {
   return !is_forced_portable() && fits(params) && current_device().arch == 90;
 }
 
-template <bool kHasLinear>
+template <Tiles kTiles>
 bool serve(const SparseForward& params, int num_multiprocessors, void* stream) {
   return params.frame.head_dim == 64
-             ? sparse_forward_sm90<64, kHasLinear>(params, num_multiprocessors, stream)
-             : sparse_forward_sm90<128, kHasLinear>(params, num_multiprocessors, stream);
+             ? sparse_forward_sm90<64, kTiles>(params, num_multiprocessors, stream)
+             : sparse_forward_sm90<128, kTiles>(params, num_multiprocessors, stream);
 }
 
 }  // namespace
 
 bool combines_sm90(const SparseForward& params) {
   // Launches nothing on no multiprocessors.
-  return serves(params) && serve<true>(params, 0, nullptr);
+  return serves(params) && !has_skip(params) && serve<Tiles::kLinear>(params, 0, nullptr);
 }
 
 bool sparse_forward_sm90(const SparseForward& params, void* stream) {
   if (!serves(params)) return false;
   const int num_multiprocessors = current_device().num_multiprocessors;
-  return params.linear.is_on ? serve<true>(params, num_multiprocessors, stream)
-                             : serve<false>(params, num_multiprocessors, stream);
+  if (has_skip(params)) return serve<Tiles::kSkipped>(params, num_multiprocessors, stream);
+  return params.linear.is_on ? serve<Tiles::kLinear>(params, num_multiprocessors, stream)
+                             : serve<Tiles::kPlain>(params, num_multiprocessors, stream);
 }
 
 }  // namespace sparline::cuda

@@ -2,8 +2,9 @@
 //
 // The sparse branch, forward, on Hopper (sm_90a). Over the critical key blocks j of query block i
 //     S = scale q_i k_j^T,  o_s = softmax(S) v,  lse = ln sum exp S
-// the same function as sm80/sparse_fwd.cuh without a policy; and, where the sums of the linear
-// branch are there already, its combination with that, as sm80/linear_fwd.cu has it (kHasLinear):
+// the same function as sm80/sparse_fwd.cuh without a policy, or with a skip rule (kHasSkip,
+// sparse_fwd_skip.cuh); and, where the sums of the linear branch are there already, its combination
+// with that, as sm80/linear_fwd.cu has it (kHasLinear):
 //     o = a o_s + c phi(q) H_i / (phi(q) . Z_i)
 //
 //   Tiles     128 queries x 128 keys: two runs of up to 64 keys, wherever they lie, or one
@@ -29,6 +30,7 @@
 #include "cuda/common/row_scan.cuh"
 #include "cuda/sm90/sparse_fwd_load.cuh"
 #include "cuda/sm90/sparse_fwd_multiply.cuh"
+#include "cuda/sm90/sparse_fwd_skip.cuh"
 #include "cuda/sm90/tensor_map.h"
 
 namespace sparline::cuda {
@@ -49,6 +51,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (int n = 0; n < 2; ++n) {
       init(shared.list_full[n], 1);
       init(shared.list_empty[n], 2);
+      if constexpr (Traits::kHasSkip) init(shared.votes.cast[n], Traits::kMultiplyWarps);
     }
     fence_barrier_init();
   }
@@ -64,7 +67,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
   } else {
     take_registers<Traits::kMultiplyRegisters>();
-    SparseForwardSm90Rows<Traits>(params, shared).run();
+    if constexpr (Traits::kHasSkip) {
+      SparseForwardSm90SkipRows<Traits>(params, shared).run();
+    } else {
+      SparseForwardSm90Rows<Traits>(params, shared).run();
+    }
   }
 }
 
@@ -80,7 +87,9 @@ bool describe(const SparseForward& params, SparseForwardSm90Params& p, int64_t& 
   };
   if (!encode(p.q, params.q, f.num_heads, f.queries, Traits::kTileQ) ||
       !encode(p.k, params.k, f.num_kv_heads, f.keys, Traits::kRunK) ||
-      !encode(p.v, params.v, f.num_kv_heads, f.keys, Traits::kRunK)) {
+      !encode(p.v, params.v, f.num_kv_heads, f.keys, Traits::kRunK) ||
+      !encode_cut_rows(p.cut_v, params.v, params.dtype, f.batch, f.num_kv_heads, f.keys.length,
+                       f.head_dim, Traits::kRunK)) {
     return false;
   }
   if (Traits::kHasLinear && !encode(p.sums, params.o, f.num_heads, f.queries, Traits::kRunK)) {
@@ -99,7 +108,7 @@ bool describe(const SparseForward& params, SparseForwardSm90Params& p, int64_t& 
     }
   }
   shared_bytes = static_cast<int64_t>(sizeof(SparseForwardSm90Shared<Traits>)) +
-                 2 * RowScan::bytes(f.keys.num_blocks);
+                 (Traits::kHasSkip ? 3 : 2) * RowScan::bytes(f.keys.num_blocks);
   constexpr int64_t kMostSharedBytes = 227 * 1024;
   return shared_bytes <= kMostSharedBytes;
 }
@@ -114,6 +123,7 @@ bool launch_sparse_forward_sm90(const SparseForward& params, int num_multiproces
   int64_t shared_bytes = 0;
   if (!describe<Traits>(params, p, shared_bytes)) return false;
   p.forward.scale_log2 = std::max(params.scale * kLog2E, kLeastScale);
+  p.threshold_log2 = static_cast<float>(params.skip.log_threshold) * kLog2E;
   p.num_blocks = params.wave.count * f.group() * f.queries.num_blocks;
   launch(sparse_forward_sm90_kernel<Traits>,
          {.blocks = std::min(p.num_blocks, num_multiprocessors),
@@ -123,12 +133,12 @@ bool launch_sparse_forward_sm90(const SparseForward& params, int num_multiproces
   return true;
 }
 
-template <int kHeadDim, bool kHasLinear>
+template <int kHeadDim, Tiles kTiles>
 bool sparse_forward_sm90(const SparseForward& params, int num_multiprocessors, void* stream) {
   return params.dtype == DType::kBF16
-             ? launch_sparse_forward_sm90<SparseForwardSm90Traits<bf16, kHeadDim, kHasLinear>>(
+             ? launch_sparse_forward_sm90<SparseForwardSm90Traits<bf16, kHeadDim, kTiles>>(
                    params, num_multiprocessors, stream)
-             : launch_sparse_forward_sm90<SparseForwardSm90Traits<fp16, kHeadDim, kHasLinear>>(
+             : launch_sparse_forward_sm90<SparseForwardSm90Traits<fp16, kHeadDim, kTiles>>(
                    params, num_multiprocessors, stream);
 }
 

@@ -3,7 +3,7 @@
 
 namespace sparline::cuda {
 
-template bool sparse_forward_sm90<128, false>(const SparseForward& params, int num_multiprocessors,
-                                              void* stream);
+template bool sparse_forward_sm90<128, Tiles::kPlain>(const SparseForward& params,
+                                                      int num_multiprocessors, void* stream);
 
 }  // namespace sparline::cuda

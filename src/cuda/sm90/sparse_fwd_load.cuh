@@ -39,6 +39,26 @@ __device__ __forceinline__ void fill_list(const SparseForward& p, const QueryPla
   }
 }
 
+/// A query block's row of row_votes.
+__device__ __forceinline__ int32_t row_of_votes(const SparseForward& p, const QueryPlace& at) {
+  return (at.b * p.frame.num_heads + at.h) * p.frame.queries.num_blocks + at.i;
+}
+
+/// Stores what a skip rule did to a query block: its row of kept_bits, as words in shared memory or
+/// null for none, and the count of votes. One warp. `row`: row_of_votes().
+__device__ __forceinline__ void store_kept(const SparseForward& p, int32_t row,
+                                           const uint32_t* words, int num_votes) {
+  const int32_t i = row % p.frame.queries.num_blocks, head = row / p.frame.queries.num_blocks;
+  const int64_t first =
+      p.kept_bits.offset(head / p.frame.num_heads, head % p.frame.num_heads, i, 0, 0);
+  for (int32_t byte = lane_index(); byte * 8 < p.frame.keys.num_blocks; byte += kWarpSize) {
+    const uint32_t word = words == nullptr ? 0u : words[byte / 4];
+    p.kept_bits.data[first + byte * p.kept_bits.stride_byte] =
+        static_cast<uint8_t>(word >> (byte % 4 * 8));
+  }
+  if (p.row_votes != nullptr && lane_index() == 0) p.row_votes[row] = static_cast<float>(num_votes);
+}
+
 template <class Traits>
 __device__ void look_up(const SparseForwardSm90Params& params,
                         SparseForwardSm90Shared<Traits>& shared) {
@@ -54,6 +74,7 @@ __device__ void look_up(const SparseForwardSm90Params& params,
       for (int r = lane_index(); r < at.block.rows; r += kWarpSize) {
         *p.lse.at(at.b, at.h, at.block.begin + r) = -INFINITY;
       }
+      if constexpr (Traits::kHasSkip) store_kept(p, row_of_votes(p, at), nullptr, 0);
       continue;
     }
     wait(shared.list_empty[list.slot], list.parity ^ 1);
@@ -67,6 +88,9 @@ __device__ void look_up(const SparseForwardSm90Params& params,
         const int32_t head = at.b * p.frame.num_heads + at.h;
         to.z = head * p.frame.queries.num_blocks + at.i;
         if (at.block.rows < Traits::kHeadDim) to.ragged = at.block.sequence;
+      } else if (Traits::kHasSkip) {
+        to.z = row_of_votes(p, at);
+        to.ragged = at.block.is_protected != 0 ? -1 : 0;
       }
       shared.list_block[list.slot] = is_end ? -1 : place.slot;
     }
@@ -83,6 +107,8 @@ __device__ void look_up(const SparseForwardSm90Params& params,
 /// A run of at most 64 keys of one key block; none: no keys, past the end of the axis.
 struct KeyRun {
   int32_t first_key, num_keys;
+  int32_t block = 0;  // j
+  bool is_protected = false;
 };
 
 /// Walks the attended keys of a query block, ascending.
@@ -103,12 +129,16 @@ class KeyRuns {
       const BlockInfo block = keys_.block(j);
       first_key_ = block.begin;
       num_left_ = block.rows;
+      block_ = j;
+      is_protected_ = block.is_protected != 0;
     }
-    const KeyRun run{first_key_, min(num_left_, kMostKeys)};
+    const KeyRun run{first_key_, min(num_left_, kMostKeys), block_, is_protected_};
     first_key_ += kMostKeys;
     num_left_ -= kMostKeys;
     return run;
   }
+  /// Whether the next run is of the block of the last one.
+  __device__ bool is_inside_block() const { return num_left_ > 0; }
 
  private:
   const Axis& keys_;
@@ -117,6 +147,8 @@ class KeyRuns {
   int word_ = 0;
   uint32_t rest_;
   int32_t first_key_ = 0, num_left_ = 0;
+  int32_t block_ = 0;
+  bool is_protected_ = false;
 };
 
 /// One warp loads queries and keys, another one values (kIsValues). The slots are taken in the
@@ -143,14 +175,21 @@ class SparseForwardSm90Loader {
       wait(shared_.list_full[list.slot], list.parity);
       const int32_t place = shared_.list_block[list.slot];
       if (place < 0) break;
-      const BlockPlace at = shared_.places[place];
+      // Read again where it is needed under a skip rule, which wants the registers.
+      std::conditional_t<Traits::kHasSkip, const BlockPlace&, const BlockPlace> at =
+          shared_.places[place];
       KeyRuns runs(keys, shared_.lists + list.slot * num_words);
       int32_t block = place;
+      begin_record();
       KeyRun first = runs.template next<kRunK>(), second;
       // A block without critical keys gets a tile without keys: zeros from past the end.
       do {
-        second = runs.template next<kRunK>();
-        load(first, second, at, block);
+        second = second_run(runs);
+        if constexpr (kIsValues && Traits::kHasSkip) {
+          load_kept(first, second, at);
+        } else {
+          load(first, second, at, block);
+        }
         // After the first keys, which tell those who multiply of the block: the place of the
         // queries may be free only then.
         if (!kIsValues && block >= 0) {
@@ -159,10 +198,11 @@ class SparseForwardSm90Loader {
           if (elect_one()) load_queries(at);
         }
         block = -1;
-        if (second.num_keys == 0) break;
+        if (second.num_keys == 0 && !is_tile_a_block()) break;
         first = runs.template next<kRunK>();
       } while (first.num_keys > 0);
       if (Traits::kHasLinear && at.z >= 0) load_linear(at);
+      if constexpr (kIsValues && Traits::kHasSkip) end_record(at.z);
       __syncwarp();
       if (elect_one()) arrive(shared_.list_empty[list.slot]);
       list.advance();
@@ -193,15 +233,121 @@ class SparseForwardSm90Loader {
     const bool has_second = second.num_keys > 0;
     if (elect_one()) {
       if constexpr (!kIsValues) {
-        shared_.infos[ring_.slot] = {static_cast<uint32_t>(first.num_keys + 256 * second.num_keys),
-                                     block};
+        auto num_keys = static_cast<uint32_t>(first.num_keys + 256 * second.num_keys);
+        if constexpr (Traits::kHasSkip) {
+          const bool is_protected = at.ragged < 0;
+          if (is_protected || first.is_protected || first.num_keys == 0) {
+            num_keys |= TileInfo::kIsKept;
+          }
+          if (is_protected || second.is_protected) num_keys |= TileInfo::kIsSecondKept;
+        }
+        shared_.infos[ring_.slot] = {num_keys, block};
       }
       arrive_expecting(shared_.full[ring_.slot], (has_second ? 2 : 1) * (kRunK * kHeadDim * 2));
-      load_run(first.first_key, 0, at);
-      if (has_second) load_run(second.first_key, kRunK * 128, at);
+      load_run(first, 0, at);
+      if (has_second) load_run(second, kRunK * 128, at);
     }
     advance();
   }
+
+  // With a skip rule ---------------------------------------------------------------------------
+
+  /// Whether a rule decides over both runs of a tile at once, because key blocks have two.
+  __device__ bool is_tile_a_block() const {
+    return Traits::kHasSkip && params_.forward.block_k > kRunK;
+  }
+  __device__ __forceinline__ KeyRun second_run(KeyRuns& runs) const {
+    if (is_tile_a_block() && !runs.is_inside_block()) return {params_.forward.frame.keys.length, 0};
+    return runs.template next<kRunK>();
+  }
+
+  /// What the rule does to a query block: bits of key blocks behind the lists, and its votes.
+  __device__ uint32_t* kept_words() const { return shared_.lists + 2 * num_list_words(); }
+  __device__ int num_list_words() const {
+    return (params_.forward.frame.keys.num_blocks + 31) / 32;
+  }
+  __device__ __forceinline__ void begin_record() {
+    if constexpr (kIsValues && Traits::kHasSkip) {
+      for (int w = lane_index(); w < num_list_words(); w += kWarpSize) kept_words()[w] = 0;
+      if (lane_index() == 0) shared_.votes.num_passes = 0;
+      __syncwarp();
+    }
+  }
+  __device__ __forceinline__ void keep(int32_t j) {
+    if (lane_index() == 0) kept_words()[j / 32] |= 1u << (j % 32);
+  }
+  __device__ __forceinline__ void count(int num_passes) {
+    if (lane_index() == 0) shared_.votes.num_passes += num_passes;
+  }
+  __device__ __forceinline__ void end_record(int32_t row) {
+    __syncwarp();
+    store_kept(params_.forward, row, kept_words(), shared_.votes.num_passes);
+  }
+
+  struct Result {
+    bool wants_first, wants_second;
+    int passes_first, passes_second;
+  };
+  __device__ __forceinline__ Result result_of(int round) {
+    using Round = Votes<true>;
+    const uint32_t parity = vote_parities_ >> round & 1;
+    wait(shared_.votes.cast[round], parity);
+    uint32_t vote = 0;
+    if (lane_index() < Round::kWarps) {
+      vote = shared_.votes.words[round][parity][lane_index()];
+    }
+    vote_parities_ ^= 1u << round;
+    // Counts of up to 128 fit into 8 bits.
+    const uint32_t passes = __reduce_add_sync(kAllLanes, vote >> Round::kPassesFirst);
+    return {__any_sync(kAllLanes, vote & Round::kWantsFirst) != 0,
+            __any_sync(kAllLanes, vote & Round::kWantsSecond) != 0, static_cast<int>(passes & 0xff),
+            static_cast<int>(passes >> 8 & 0xff)};
+  }
+
+  /// Values of the runs that stay, one behind the other. The decisions are those of
+  /// SparseForwardSm90SkipRows::decide(), from the same votes.
+  __device__ __forceinline__ void load_kept(const KeyRun& first, const KeyRun& second,
+                                            const BlockPlace& at) {
+    constexpr uint32_t kRunBytes = kRunK * kHeadDim * 2;
+    wait(shared_.empty[ring_.slot], ring_.parity ^ 1);
+    const Result votes = result_of(0);
+    count(votes.passes_first);
+    const bool keeps_first = votes.wants_first;
+    bool keeps_second = false;
+    if (is_tile_a_block()) {
+      keeps_second = keeps_first && second.num_keys > 0;
+    } else if (second.num_keys > 0) {
+      if (!keeps_first) {
+        keeps_second = votes.wants_second;
+        count(votes.passes_second);
+      } else if (!votes.wants_second) {
+        count(at.rows);
+      }
+    }
+    if (keeps_first) {
+      if (first.num_keys > 0) keep(first.block);
+      if (elect_one()) load_run(first, 0, at);
+      __syncwarp();
+      if (!is_tile_a_block() && second.num_keys > 0 && votes.wants_second) {
+        const Result again = result_of(1);
+        keeps_second = again.wants_second;
+        count(again.passes_second);
+      }
+    }
+    if (keeps_second && !is_tile_a_block()) keep(second.block);
+    if (elect_one()) {
+      Barrier& full = shared_.full[ring_.slot];
+      if (keeps_second) load_run(second, keeps_first ? kRunK * 128 : 0, at);
+      const uint32_t num_runs = (keeps_first ? 1 : 0) + (keeps_second ? 1 : 0);
+      if (num_runs > 0) {
+        arrive_expecting(full, num_runs * kRunBytes);
+      } else {
+        arrive(full);
+      }
+    }
+    advance();
+  }
+
   /// Z_i to where keys lie, H_i as values: D rows.
   __device__ __forceinline__ void load_linear(const BlockPlace& at) {
     wait(shared_.empty[ring_.slot], ring_.parity ^ 1);
@@ -231,23 +377,37 @@ class SparseForwardSm90Loader {
     if (kIsValues || !is_first_) ring_.advance();
     is_first_ = false;
   }
-  __device__ __forceinline__ void load_run(int32_t first_key, int offset, const BlockPlace& at) {
-    load_rows(kIsValues ? params_.v : params_.k, first_key, offset, at.h_kv, at.b);
+  /// Values end with their block: what comes after it may be infinite or NaN, which P = 0 would not
+  /// take away. Scores of the keys there are overwritten.
+  __device__ __forceinline__ void load_run(const KeyRun& run, int offset, const BlockPlace& at) {
+    if (kIsValues && run.num_keys < kRunK) {
+#pragma unroll
+      for (int slice = 0; slice < Traits::kSlices; ++slice) {
+        load_cut_box(place(slice, offset), params_.cut_v, shared_.full[ring_.slot], slice * 64,
+                     run.first_key, run.num_keys, kRunK, at.h_kv, at.b);
+      }
+    } else {
+      load_rows(kIsValues ? params_.v : params_.k, run.first_key, offset, at.h_kv, at.b);
+    }
   }
   __device__ __forceinline__ void load_rows(const CUtensorMap& map, int32_t first, int offset,
                                             int32_t h, int32_t b) {
-    auto* const slot = reinterpret_cast<unsigned char*>(shared_.slots[ring_.slot]);
 #pragma unroll
     for (int slice = 0; slice < Traits::kSlices; ++slice) {
-      load_box(slot + slice * Traits::kSliceBytesK + offset, map, shared_.full[ring_.slot],
-               slice * 64, first, h, b);
+      load_box(place(slice, offset), map, shared_.full[ring_.slot], slice * 64, first, h, b);
     }
+  }
+  __device__ __forceinline__ unsigned char* place(int slice, int offset) {
+    return reinterpret_cast<unsigned char*>(shared_.slots[ring_.slot]) +
+           slice * Traits::kSliceBytesK + offset;
   }
 
   const SparseForwardSm90Params& params_;
   SparseForwardSm90Shared<Traits>& shared_;
   RingCursor<Traits::kSlots> ring_;
   bool is_first_ = true;
+  int num_votes_ = 0;           // with a skip rule
+  uint32_t vote_parities_ = 0;  // of the votes to come, a bit for each round
 };
 
 }  // namespace sparline::cuda

@@ -15,9 +15,11 @@ namespace sparline::cuda {
 /// them, a lane two (halves 0 and 1, rows g and g + 8 of its fragments).
 template <class Traits>
 class SparseForwardSm90Rows {
+ protected:
   using T = typename Traits::T;
   static constexpr int kHeadDim = Traits::kHeadDim, kTileK = Traits::kTileK;
   static constexpr int kRunK = Traits::kRunK;
+  static constexpr float kLazyLog2 = 8.0f;  // how far scores may rise above the maxima
   static constexpr int kFirstTurn = 1, kMultiplyThreads = Traits::kMultiplyWarps * kWarpSize;
 
  public:
@@ -42,28 +44,32 @@ class SparseForwardSm90Rows {
     if (tile.block >= 0) load_queries(tile.block);
     bool was_linear = false;
     while (tile.num_keys != TileInfo::kEnd) {
-      if constexpr (Traits::kHasLinear) {
-        if (tile.block == TileInfo::kLinear) {
-          had_second ? linear_step<kTileK>(tile) : linear_step<kRunK>(tile);
-          was_linear = true;
-          continue;
-        }
-        if (was_linear) {
-          had_second = tile.has_second();
-          had_second ? step<kTileK, kHeadDim, true>(tile) : step<kRunK, kHeadDim, true>(tile);
-          was_linear = false;
-          continue;
-        }
-      }
+      const bool is_linear = Traits::kHasLinear && tile.block == TileInfo::kLinear;
       const bool has_second = tile.has_second();
-      if (has_second) {
+      // Cursors and the wait for the next tile stand here, once, and not in every step: ptxas 13.0
+      // then keeps slots in uniform registers (33 R2UR in the kernel with a linear tile, else 269).
+      k_ = ring_;
+      ring_.advance();
+      v_ = ring_;
+      ring_.advance();
+      if (is_linear) {
+        had_second ? linear_step<kTileK>() : linear_step<kRunK>();
+      } else if (was_linear) {
+        has_second ? step<kTileK, kHeadDim, true>(tile) : step<kRunK, kHeadDim, true>(tile);
+      } else if (has_second) {
         had_second ? step<kTileK, kTileK>(tile) : step<kTileK, kRunK>(tile);
       } else {
         had_second ? step<kRunK, kTileK>(tile) : step<kRunK, kRunK>(tile);
       }
       had_second = has_second;
+      was_linear = is_linear;
+      wait(shared_.full[ring_.slot], ring_.parity);
+      tile = shared_.infos[ring_.slot];
+      if (tile.block >= 0) load_queries(tile.block);
     }
+    k_ = ring_;
     ring_.advance();
+    v_ = ring_;
     if (Traits::kHasLinear && was_linear) {
       last_step<kHeadDim, true>();
     } else {
@@ -73,7 +79,7 @@ class SparseForwardSm90Rows {
     if (Traits::kTakesTurns && warp_index() < 8) sync_named(kFirstTurn, kMultiplyThreads);
   }
 
- private:
+ protected:
   __device__ __forceinline__ void release(int slot) {
     if (lane_ == 0) arrive(shared_.empty[slot]);
   }
@@ -93,21 +99,19 @@ class SparseForwardSm90Rows {
     pack_p<0>(s);
     if constexpr (kKeys > kRunK) pack_p<1>(s);
   }
-  /// S and P of a tile, and P v of the one before; then waits for the next tile and tells of it. A
-  /// function of both tiles' widths, so that no branch lies between products: ptxas 13.0 would wait
-  /// for each of them (C7515). The scores are a local array for the same reason (C7511).
+  /// S and P of a tile, and P v of the one before. A function of both tiles' widths, so that no
+  /// branch lies between products: ptxas 13.0 would wait for each of them (C7515). The scores are a
+  /// local array for the same reason (C7511).
   template <int kKeys, int kKeysBefore, bool kWasLinear = false>
-  __device__ __forceinline__ void step(TileInfo& tile) {
+  __device__ __forceinline__ void step(const TileInfo& tile) {
     const bool is_new = tile.block >= 0;
     const int32_t old_block = block_;
-    const int k_slot = ring_.slot;
+    const int k_slot = k_.slot;
     float s[kKeys / 2];
     if constexpr (Traits::kTakesTurns) sync_named(warp_index() / 4, kMultiplyThreads);
     start_scores<kKeys>(s);
-    ring_.advance();
-    const int v_slot = ring_.slot;
+    const int v_slot = v_.slot;
     start_values<kKeysBefore, kWasLinear>();
-    ring_.advance();
     if constexpr (Traits::kTakesTurns) arrive_named(3 - warp_index() / 4, kMultiplyThreads);
     wgmma_wait<1>();
     release(k_slot);
@@ -135,9 +139,6 @@ class SparseForwardSm90Rows {
     } else if (is_raised) {
       rescale();
     }
-    wait(shared_.full[ring_.slot], ring_.parity);
-    tile = shared_.infos[ring_.slot];
-    if (tile.block >= 0) load_queries(tile.block);
   }
   template <int kKeys, bool kWasLinear = false>
   __device__ __forceinline__ void last_step() {
@@ -155,13 +156,11 @@ class SparseForwardSm90Rows {
   /// P v of the last tile of keys; then o_s and what multiplies H_i take their shares of o, so that
   /// the product with H_i, in the next step, has only to be added: A = phi(q) c / (phi(q) . Z_i).
   template <int kKeysBefore>
-  __device__ __forceinline__ void linear_step(TileInfo& tile) {
-    const int z_slot = ring_.slot;
+  __device__ __forceinline__ void linear_step() {
+    const int z_slot = k_.slot;
     if constexpr (Traits::kTakesTurns) sync_named(warp_index() / 4, kMultiplyThreads);
-    ring_.advance();
-    const int v_slot = ring_.slot;
+    const int v_slot = v_.slot;
     start_values<kKeysBefore>();
-    ring_.advance();
     if constexpr (Traits::kTakesTurns) arrive_named(3 - warp_index() / 4, kMultiplyThreads);
     const BlockPlace& at = shared_.places[block_];
     const float* const z = reinterpret_cast<const float*>(shared_.slots[z_slot]) + lane_ % 4 * 2;
@@ -185,14 +184,23 @@ class SparseForwardSm90Rows {
       p_frag_[n] = has_linear[n % 2] ? a[n] : 0u;  // 0, even where phi is not finite
     }
     is_first_ = false;
-    wait(shared_.full[ring_.slot], ring_.parity);
-    tile = shared_.infos[ring_.slot];
-    if (tile.block >= 0) load_queries(tile.block);
   }
-  /// feature_map() of a row, but for the hedgehog maps: with two branches, as with five of them
-  /// ptxas is short of registers.
-  __device__ __forceinline__ static void apply_map(FeatureMap map, float (&phi)[kHeadDim / 4]) {
-    if (map == FeatureMap::kSoftmax) return softmax_row(phi);
+  /// feature_map() of a row times the number that it returns, but for the hedgehog maps: with two
+  /// branches, as with five of them ptxas is short of registers. The softmax is not divided by its
+  /// sum: phi . Z_i, by which it is divided anyway, has that factor too.
+  __device__ __forceinline__ static float apply_map(FeatureMap map, float (&phi)[kHeadDim / 4]) {
+    if (map == FeatureMap::kSoftmax) {
+      float tops[4] = {phi[0], phi[1], phi[2], phi[3]}, sums[4] = {};
+#pragma unroll
+      for (int n = 4; n < kHeadDim / 4; ++n) tops[n % 4] = fmaxf(tops[n % 4], phi[n]);
+      const float top = quad_max(fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3])));
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 4; ++n) {
+        phi[n] = exp2_approx(fmaf(phi[n], kLog2E, -kLog2E * top));
+        sums[n % 4] += phi[n];
+      }
+      return quad_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    }
     const bool is_elu = map == FeatureMap::kElu1, is_relu = map == FeatureMap::kRelu;
 #pragma unroll
     for (int n = 0; n < kHeadDim / 4; ++n) {
@@ -200,6 +208,7 @@ class SparseForwardSm90Rows {
       const float e = exp2_approx(fminf(x * kLog2E, 127.0f));
       phi[n] = is_elu && x <= 0.0f ? e : (is_elu ? x + 1.0f : (is_relu && x <= 0.0f ? 0.0f : x));
     }
+    return 1.0f;
   }
   /// A row of A, where the linear branch is not empty; the share a of the row.
   __device__ __forceinline__ void make_a(uint32_t (&a)[kHeadDim / 4], const BlockPlace& at,
@@ -213,15 +222,17 @@ class SparseForwardSm90Rows {
       phi[n * 2] = to_float(q.low);
       phi[n * 2 + 1] = to_float(q.high);
     }
-    apply_map(linear.feature_map, phi);
-    float sum = 0.0f;
+    const float factor = apply_map(linear.feature_map, phi);
+    float sums[4] = {};
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) {
       const float2 of_pair = *reinterpret_cast<const float2*>(z + n * 8);
-      sum = fmaf(phi[n * 2], of_pair.x, fmaf(phi[n * 2 + 1], of_pair.y, sum));
+      sums[n % 2] = fmaf(phi[n * 2], of_pair.x, sums[n % 2]);
+      sums[2 + n % 2] = fmaf(phi[n * 2 + 1], of_pair.y, sums[2 + n % 2]);
     }
     __syncwarp();  // holds back the loads of the other half, for which there are no registers
-    const float den = quad_sum(sum) + linear.epsilon;
+    const float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    const float den = quad_sum(sum) + linear.epsilon * factor;
     float share = 1.0f / den;
     has_linear = den > 0.0f && den <= FLT_MAX && share <= FLT_MAX;
     o_share = linear.combine == Combine::kLinear ? 0.0f : 1.0f;
@@ -292,10 +303,10 @@ class SparseForwardSm90Rows {
   }
   __device__ int row_of(int half) const { return warp_row_ + half * 8 + lane_ / 4; }
 
-  /// Starts S = q k^T of the tile in the current slot.
+  /// Starts S = q k^T of the tile whose keys lie in k_.
   template <int kKeys>
   __device__ __forceinline__ void start_scores(float (&s)[kKeys / 2]) {
-    const uint32_t b = matrix_descriptor(shared_address(shared_.slots[ring_.slot]), 0);
+    const uint32_t b = matrix_descriptor(shared_address(shared_.slots[k_.slot]), 0);
     wgmma_fence();
     wgmma<T, kKeys, false>(s, q_, b, 0);
 #pragma unroll
@@ -311,9 +322,9 @@ class SparseForwardSm90Rows {
   template <int kKeys, bool kIsLinear = false>
   __device__ __forceinline__ void start_values() {
     using Operand = std::conditional_t<kIsLinear, bf16, T>;
-    wait(shared_.full[ring_.slot], ring_.parity);
+    wait(shared_.full[v_.slot], v_.parity);
     const uint32_t b =
-        matrix_descriptor(shared_address(shared_.slots[ring_.slot]), Traits::kSliceBytesK);
+        matrix_descriptor(shared_address(shared_.slots[v_.slot]), Traits::kSliceBytesK);
     wgmma_fence();
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
@@ -342,17 +353,28 @@ class SparseForwardSm90Rows {
     if (tile.num_keys != (kKeys == kTileK ? TileInfo::kFull : kRunK)) mask_keys<kKeys>(s, tile);
     is_raised_ = false;
   }
-  /// Raises the maxima of the rows where a run's scores are too high for them.
   template <int kRun, int kSize>
   __device__ __forceinline__ void find_tops(float (&s)[kSize]) {
-    constexpr float kLazyLog2 = 8.0f;
+    float top[2];
+    find_lane_tops<kRun>(s, top);
+    follow_tops<kRun>(top, kLazyLog2, s);
+  }
+  /// The largest scores of a run in this lane's columns, log2 units.
+  template <int kRun, int kSize>
+  __device__ __forceinline__ void find_lane_tops(const float (&s)[kSize], float (&top)[2]) const {
     constexpr int kFirst = kRun * kRunK / 2;
     float tops[4] = {s[kFirst], s[kFirst + 1], s[kFirst + 2], s[kFirst + 3]};
 #pragma unroll
     for (int n = 4; n < kRunK / 2; ++n) tops[n % 4] = fmaxf(tops[n % 4], s[kFirst + n]);
-    const float top[2] = {fmaxf(tops[0], tops[1]) * p_.scale_log2,
-                          fmaxf(tops[2], tops[3]) * p_.scale_log2};
-    const bool is_high = top[0] > row_max_[0] + kLazyLog2 || top[1] > row_max_[1] + kLazyLog2;
+    top[0] = fmaxf(tops[0], tops[1]) * p_.scale_log2;
+    top[1] = fmaxf(tops[2], tops[3]) * p_.scale_log2;
+  }
+  /// Raises the maxima of the rows where a run's scores are too high for them.
+  template <int kRun, int kSize>
+  __device__ __forceinline__ void follow_tops(const float (&top)[2], float lazy_log2,
+                                              float (&s)[kSize]) {
+    constexpr int kFirst = kRun * kRunK / 2;
+    const bool is_high = top[0] > row_max_[0] + lazy_log2 || top[1] > row_max_[1] + lazy_log2;
     if (__any_sync(kAllLanes, is_high)) {
       raise(top);
 #pragma unroll
@@ -472,7 +494,7 @@ class SparseForwardSm90Rows {
   const SparseForward& p_;
   SparseForwardSm90Shared<Traits>& shared_;
   const int lane_, warp_row_;
-  RingCursor<Traits::kSlots> ring_;
+  RingCursor<Traits::kSlots> ring_, k_, v_;  // the next slot; those of the step's keys and values
   uint32_t q_parity_ = 0;
   int32_t block_ = 0;
 

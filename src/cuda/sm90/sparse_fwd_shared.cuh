@@ -8,14 +8,16 @@
 #include "cuda/kernels.h"
 #include "cuda/sm90/ptx.cuh"
 #include "cuda/sm90/ring.cuh"
+#include "cuda/sm90/tiles.h"
 
 namespace sparline::cuda {
 
-template <class T_, int kHeadDim_, bool kHasLinear_>
+template <class T_, int kHeadDim_, Tiles kTiles>
 struct SparseForwardSm90Traits {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kHasLinear = kHasLinear_;  // whether blocks end with a linear tile
+  static constexpr bool kHasLinear = kTiles == Tiles::kLinear;
+  static constexpr bool kHasSkip = kTiles == Tiles::kSkipped;
   static constexpr int kTileQ = 128, kTileK = 128, kRunK = 64;
   static constexpr int kSlices = kHeadDim / 64;  // of 64 columns, one behind the other
   static constexpr int kSlots = kHeadDim == 64 ? 12 : 6;
@@ -37,8 +39,9 @@ struct BlockPlace {
   int32_t b, h, h_kv;
   int32_t begin, rows;
   int32_t mean;    // of its keys: row of k_mean
-  int32_t z;       // its row of sums_z; -1: it has no linear tile
-  int32_t ragged;  // which matrix of ragged_sums is its H_i; -1: H_i lies in o
+  int32_t z;       // its row of sums_z; -1: it has no linear tile. With a skip rule: of row_votes
+  int32_t ragged;  // which matrix of ragged_sums is its H_i; -1: H_i lies in o. With a skip rule:
+                   // 0, or -1 for a protected block
 };
 
 /// What those who load say of a tile of keys.
@@ -47,8 +50,26 @@ struct TileInfo {
   int32_t block;      // whether a query block begins: its entry in `places`, else -1; or kLinear
   static constexpr uint32_t kEnd = 255, kFull = 64 + 256 * 64;
   static constexpr int32_t kLinear = -2;  // the linear tile: Z_i among the keys, H_i as values
+  // In num_keys with a skip rule, above the counts: runs that nobody is asked about.
+  static constexpr uint32_t kIsKept = 1u << 16, kIsSecondKept = 1u << 17, kCounts = (1u << 16) - 1;
 
   __device__ bool has_second() const { return num_keys >= 256; }
+  __device__ bool has_second_run() const { return (num_keys & kCounts) >= 256; }  // skip rule
+};
+
+/// How the warps that multiply vote on a tile under a skip rule: in round 0 on both of its runs, in
+/// round 1, if both are wanted, on the second one once more.
+template <bool kHasSkip>
+struct Votes {};
+template <>
+struct Votes<true> {
+  static constexpr int kWarps = 8;
+  // A vote: wishes, and how many of the warp's rows do without each run.
+  static constexpr uint32_t kWantsFirst = 1, kWantsSecond = 2;
+  static constexpr int kPassesFirst = 8, kPassesSecond = 16;  // shifts
+  int num_passes;                                             // rows of the query block so far
+  Barrier cast[2];                                            // by round
+  alignas(16) uint32_t words[2][2][kWarps];                   // by round; by turns
 };
 
 template <class Traits>
@@ -62,14 +83,18 @@ struct SparseForwardSm90Shared {
   int32_t list_block[2];  // whose list it is: entry in `places`; -1: no more
   BlockPlace places[Traits::kPlaces];
   float lse_shift[3][Traits::kTileQ];  // with k_mean, of blocks by turn: scale q_r . k_mean
-  uint32_t lists[1];  // two of RowScan's bits: the critical blocks of a query block
+  Votes<Traits::kHasSkip> votes;
+  uint32_t lists[1];  // two of RowScan's bits, the critical blocks of a query block; with a skip
+                      // rule a third one, the blocks that stay
 };
 
 struct SparseForwardSm90Params {
   CUtensorMap q, k, v;
+  CUtensorMap cut_v;              // for load_cut_box()
   CUtensorMap sums, ragged_sums;  // with a linear tile: H_i in o, and elsewhere
   SparseForward forward;
-  int32_t num_blocks;  // query blocks of all heads
+  int32_t num_blocks;    // query blocks of all heads
+  float threshold_log2;  // of a skip rule
 };
 
 }  // namespace sparline::cuda

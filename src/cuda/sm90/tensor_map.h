@@ -14,5 +14,8 @@ namespace sparline::cuda {
 /// takes another road. Nothing is allocated, the driver is only asked for the encoding.
 bool encode_rows(CUtensorMap& map, const Rows& rows, DType dtype, int64_t num_batches,
                  int64_t num_heads, int64_t num_rows, int64_t head_dim, int box_rows);
+/// The same for boxes that end where a copy says, load_cut_box().
+bool encode_cut_rows(CUtensorMap& map, const Rows& rows, DType dtype, int64_t num_batches,
+                     int64_t num_heads, int64_t num_rows, int64_t head_dim, int box_rows);
 
 }  // namespace sparline::cuda

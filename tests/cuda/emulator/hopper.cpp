@@ -45,7 +45,7 @@ struct Copy {
   int64_t num_bytes;
   bool is_box;
   EmulatedTensorMap map;  // of a box
-  int64_t d, n;
+  int64_t d, n, num_rows;
   const void* site;
 };
 
@@ -184,7 +184,7 @@ void deliver_box(const Copy& copy) {
   for (int64_t r = 0; r < map.box_rows; ++r) {
     std::array<unsigned char, 128> row = {};
     const int64_t n = copy.n + r;
-    if (n >= 0 && n < map.sizes[1]) {
+    if (n >= 0 && n < map.sizes[1] && r < copy.num_rows) {
       std::memcpy(row.data(), copy.from + r * map.strides[1] * 2,
                   static_cast<size_t>(num_elements * 2));
     }
@@ -637,27 +637,53 @@ bool elect_one() {
 
 // The copy engine ---------------------------------------------------------------------------------
 
-void load_box(void* shared, const CUtensorMap& encoded, Barrier& barrier, int32_t d, int32_t n,
-              int32_t h, int32_t b) {
+namespace emulator {
+namespace {
+
+void start_box(void* shared, const CUtensorMap& encoded, Barrier& barrier, int32_t d, int32_t n,
+               int64_t num_rows, bool is_cut, int32_t h, int32_t b, const void* site) {
   EmulatedTensorMap map;
   std::memcpy(&map, &encoded, sizeof(map));
+  if (map.is_cut != is_cut) fail("load_box: this map is for the other kind of boxes");
   const int64_t num_bytes = int64_t{map.box_rows} * 128;
-  emulator::check_shared(shared, num_bytes, 1024, "load_box");
+  check_shared(shared, num_bytes, 1024, "load_box");
   if (d < 0 || h < 0 || h >= map.sizes[2] || b < 0 || b >= map.sizes[3]) {
     fail("load_box: the box at (" + std::to_string(d) + ", " + std::to_string(n) + ", " +
          std::to_string(h) + ", " + std::to_string(b) + ") is of no head of the tensor");
   }
   const int64_t first = d + n * map.strides[1] + h * map.strides[2] + b * map.strides[3];
-  ++emulator::num_boxes;
-  emulator::start_copy({.barrier = &barrier,
-                        .to = static_cast<unsigned char*>(shared),
-                        .from = map.data + first * 2,
-                        .num_bytes = num_bytes,
-                        .is_box = true,
-                        .map = map,
-                        .d = d,
-                        .n = n,
-                        .site = __builtin_return_address(0)});
+  ++num_boxes;
+  start_copy({.barrier = &barrier,
+              .to = static_cast<unsigned char*>(shared),
+              .from = map.data + first * 2,
+              .num_bytes = num_bytes,
+              .is_box = true,
+              .map = map,
+              .d = d,
+              .n = n,
+              .num_rows = num_rows,
+              .site = site});
+}
+
+}  // namespace
+}  // namespace emulator
+
+void load_box(void* shared, const CUtensorMap& map, Barrier& barrier, int32_t d, int32_t n,
+              int32_t h, int32_t b) {
+  constexpr int64_t kAll = 256;
+  emulator::start_box(shared, map, barrier, d, n, kAll, false, h, b, __builtin_return_address(0));
+}
+void load_cut_box(void* shared, const CUtensorMap& map, Barrier& barrier, int32_t d, int32_t n,
+                  int32_t num_rows, int32_t box_rows, int32_t h, int32_t b) {
+  EmulatedTensorMap own;
+  std::memcpy(&own, &map, sizeof(own));
+  if (box_rows != own.box_rows || num_rows < 0 || num_rows > box_rows || n < 0 ||
+      n + num_rows > own.sizes[1]) {
+    fail("load_cut_box: rows " + std::to_string(n) + " to " + std::to_string(n + num_rows) +
+         " in boxes of " + std::to_string(box_rows) + " rows");
+  }
+  emulator::start_box(shared, map, barrier, d, n, num_rows, true, h, b,
+                      __builtin_return_address(0));
 }
 
 void load_bytes(void* shared, const void* global, uint32_t bytes, Barrier& barrier) {
@@ -673,19 +699,34 @@ void load_bytes(void* shared, const void* global, uint32_t bytes, Barrier& barri
                         .map = {},
                         .d = 0,
                         .n = 0,
+                        .num_rows = 0,
                         .site = __builtin_return_address(0)});
 }
 
-bool encode_rows(CUtensorMap& map, const Rows& rows, DType, int64_t num_batches, int64_t num_heads,
-                 int64_t num_rows, int64_t head_dim, int box_rows) {
+namespace {
+
+bool encode(CUtensorMap& map, const Rows& rows, int64_t num_batches, int64_t num_heads,
+            int64_t num_rows, int64_t head_dim, int box_rows, bool is_cut) {
   if (!rows.is_vectorised || rows.order != nullptr) return false;
   const EmulatedTensorMap encoded{
       .data = static_cast<const unsigned char*>(static_cast<const void*>(rows.data)),
       .sizes = {head_dim, num_rows, num_heads, num_batches},
       .strides = {1, rows.stride_n, rows.stride_h, rows.stride_b},
-      .box_rows = box_rows};
+      .box_rows = box_rows,
+      .is_cut = is_cut};
   std::memcpy(static_cast<void*>(&map), &encoded, sizeof(encoded));
   return true;
+}
+
+}  // namespace
+
+bool encode_rows(CUtensorMap& map, const Rows& rows, DType, int64_t num_batches, int64_t num_heads,
+                 int64_t num_rows, int64_t head_dim, int box_rows) {
+  return encode(map, rows, num_batches, num_heads, num_rows, head_dim, box_rows, false);
+}
+bool encode_cut_rows(CUtensorMap& map, const Rows& rows, DType, int64_t num_batches,
+                     int64_t num_heads, int64_t num_rows, int64_t head_dim, int box_rows) {
+  return encode(map, rows, num_batches, num_heads, num_rows, head_dim, box_rows, true);
 }
 
 // Counters in global memory -----------------------------------------------------------------------

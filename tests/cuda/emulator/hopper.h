@@ -72,6 +72,7 @@ struct EmulatedTensorMap {
   const unsigned char* data;
   int64_t sizes[4], strides[4];  // d, n, h, b
   int box_rows;
+  bool is_cut;  // encode_cut_rows
 };
 static_assert(sizeof(EmulatedTensorMap) <= sizeof(CUtensorMap));
 
@@ -80,6 +81,8 @@ extern int64_t num_boxes;  // since the program began: whether Hopper's kernels 
 }
 void load_box(void* shared, const CUtensorMap& map, Barrier& barrier, int32_t d, int32_t n,
               int32_t h, int32_t b);
+void load_cut_box(void* shared, const CUtensorMap& map, Barrier& barrier, int32_t d, int32_t n,
+                  int32_t num_rows, int32_t box_rows, int32_t h, int32_t b);
 /// Of data that is read once: a hint.
 __forceinline__ void load_box_once(void* shared, const CUtensorMap& map, Barrier& barrier,
                                    int32_t d, int32_t n, int32_t h, int32_t b) {
