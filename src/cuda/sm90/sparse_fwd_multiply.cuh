@@ -39,9 +39,7 @@ class SparseForwardSm90Rows {
     load_queries(tile.block);
     tile.has_second() ? first_step<kTileK>(tile) : first_step<kRunK>(tile);
     bool had_second = tile.has_second();
-    wait(shared_.full[ring_.slot], ring_.parity);
-    tile = shared_.infos[ring_.slot];
-    if (tile.block >= 0) load_queries(tile.block);
+    read(tile);
     bool was_linear = false;
     while (tile.num_keys != TileInfo::kEnd) {
       const bool is_linear = Traits::kHasLinear && tile.block == TileInfo::kLinear;
@@ -52,20 +50,22 @@ class SparseForwardSm90Rows {
       ring_.advance();
       v_ = ring_;
       ring_.advance();
-      if (is_linear) {
+      // Nearly all tiles, first: every jump to far code waits for instructions. had_second stands
+      // for tiles of keys alone: no linear tile has a second run, and after one it is false.
+      if (__builtin_expect(had_second && has_second, 1)) {
+        step<kTileK, kTileK>(tile);
+      } else if (is_linear) {
         had_second ? linear_step<kTileK>() : linear_step<kRunK>();
       } else if (was_linear) {
         has_second ? step<kTileK, kHeadDim, true>(tile) : step<kRunK, kHeadDim, true>(tile);
       } else if (has_second) {
-        had_second ? step<kTileK, kTileK>(tile) : step<kTileK, kRunK>(tile);
+        step<kTileK, kRunK>(tile);
       } else {
         had_second ? step<kRunK, kTileK>(tile) : step<kRunK, kRunK>(tile);
       }
       had_second = has_second;
       was_linear = is_linear;
-      wait(shared_.full[ring_.slot], ring_.parity);
-      tile = shared_.infos[ring_.slot];
-      if (tile.block >= 0) load_queries(tile.block);
+      read(tile);
     }
     k_ = ring_;
     ring_.advance();
@@ -80,6 +80,12 @@ class SparseForwardSm90Rows {
   }
 
  protected:
+  /// Waits for the next tile of keys and tells of it, with the queries of the block it begins.
+  __device__ __forceinline__ void read(TileInfo& tile) {
+    wait(shared_.full[ring_.slot], ring_.parity);
+    tile = shared_.infos[ring_.slot];
+    if (tile.block >= 0) load_queries(tile.block);
+  }
   __device__ __forceinline__ void release(int slot) {
     if (lane_ == 0) arrive(shared_.empty[slot]);
   }
