@@ -57,47 +57,57 @@ class LinearProduct {
     const uint2* bits = params_.bits +
                         (int64_t{tile.head} * params_.tiles_m + tile.m) * params_.chunks * kTileM +
                         row_;
-    uint2 next[2] = {};  // of rows g and g + 8
-    const auto load_bits = [&] {
-      next[0] = __ldcg(bits);
-      next[1] = __ldcg(bits + 8);
-      bits += kTileM;
-    };
+    // Two chunks ahead: they take longer than the products of one.
+    Bits even = {}, odd = {};
     if (num_chunks > 0) {
       wait(shared_.sum_full[ring_.slot], ring_.parity);  // by then the map is there too
-      load_bits();
+      load(even, bits);
+      if (num_chunks > 1) load(odd, bits);
     }
-    for (int32_t chunk = 0; chunk < num_chunks; ++chunk, ring_.advance()) {
-      // All of A first: ptxas 13.0 waits for every product between whose start and end a register
-      // of another one is written (C7513). The other warpgroup multiplies meanwhile.
-      uint32_t a[Traits::kChunk / 4];
+    for (int32_t chunk = 0; chunk < num_chunks; chunk += 2) {
+      add_chunk(even, chunk + 2 < num_chunks, bits);
+      if (chunk + 1 < num_chunks) add_chunk(odd, chunk + 3 < num_chunks, bits);
+    }
+  }
+  /// The map of a chunk, rows g and g + 8.
+  using Bits = uint2[2];
+  __device__ __forceinline__ static void load(Bits& to, const uint2*& bits) {
+    to[0] = __ldcg(bits);
+    to[1] = __ldcg(bits + 8);
+    bits += kTileM;
+  }
+  /// `own` then becomes the map of the chunk after the next one, if there is one.
+  __device__ __forceinline__ void add_chunk(Bits& own, bool has_more, const uint2*& bits) {
+    // All of A first: ptxas 13.0 waits for every product between whose start and end a register
+    // of another one is written (C7513). The other warpgroup multiplies meanwhile.
+    uint32_t a[Traits::kChunk / 4];
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const uint32_t words[2] = {next[n].x >> lane_ % 4, next[n].y >> lane_ % 4};
-#pragma unroll
-        for (int k = 0; k < Traits::kChunk / 16; ++k) {
-          const uint32_t word = words[k / 2] >> (k % 2 * 8);
-          a[k * 4 + n] = ones<0>(word);
-          a[k * 4 + n + 2] = ones<4>(word);
-        }
-      }
-      // Made here, and not between the products, where ptxas would wait for them.
-#pragma unroll
-      for (int n = 0; n < Traits::kChunk / 4; ++n) asm volatile("" : "+r"(a[n]));
-      if (chunk + 1 < num_chunks) load_bits();
-      wait(shared_.sum_full[ring_.slot], ring_.parity);
-      const uint32_t b =
-          matrix_descriptor(shared_address(shared_.sum_slots[ring_.slot]), Traits::kSliceBytes);
-      wgmma_fence();
+    for (int n = 0; n < 2; ++n) {
+      const uint32_t words[2] = {own[n].x >> lane_ % 4, own[n].y >> lane_ % 4};
 #pragma unroll
       for (int k = 0; k < Traits::kChunk / 16; ++k) {
-        wgmma<bf16, kTileN, true>(sum_, a + k * 4, b + (k * 2048 >> 4), 1);
+        const uint32_t word = words[k / 2] >> (k % 2 * 8);
+        a[k * 4 + n] = ones<0>(word);
+        a[k * 4 + n + 2] = ones<4>(word);
       }
-      wgmma_commit();
-      wgmma_wait<0>();
-      __syncwarp();
-      if (lane_ == 0) arrive(shared_.sum_empty[ring_.slot]);
     }
+    // Made here, and not between the products, where ptxas would wait for them.
+#pragma unroll
+    for (int n = 0; n < Traits::kChunk / 4; ++n) asm volatile("" : "+r"(a[n]));
+    if (has_more) load(own, bits);
+    wait(shared_.sum_full[ring_.slot], ring_.parity);
+    const uint32_t b =
+        matrix_descriptor(shared_address(shared_.sum_slots[ring_.slot]), Traits::kSliceBytes);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < Traits::kChunk / 16; ++k) {
+      wgmma<bf16, kTileN, true>(sum_, a + k * 4, b + (k * 2048 >> 4), 1);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    __syncwarp();
+    if (lane_ == 0) arrive(shared_.sum_empty[ring_.slot]);
+    ring_.advance();
   }
 
   __device__ __forceinline__ void store(const SumTile& tile, const SumRange& range) {

@@ -38,6 +38,7 @@ struct LinearSumsShared {
   T weight[Traits::kHeadDim * Traits::kHeadDim];          // W, by slices
   KeySlot key_slots[Traits::kKeySlots];
   SumSlot sum_slots[Traits::kSumSlots];
+  float mean[2][Traits::kHeadDim];  // of the keys, for either warpgroup that makes states
   Barrier key_full[Traits::kKeySlots], key_empty[Traits::kKeySlots];
   Barrier sum_full[Traits::kSumSlots], sum_empty[Traits::kSumSlots];
   Barrier stored[2][Traits::kAnnouncements], announced[2][Traits::kAnnouncements];

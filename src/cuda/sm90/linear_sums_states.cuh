@@ -79,16 +79,14 @@ class LinearStates {
         *reinterpret_cast<uint32_t*>(to + 8 * 128) = pack<bf16>(y[n * 4 + 2], y[n * 4 + 3]);
       }
     }
-    const float* mean = nullptr;
-    if (p_.k_mean != nullptr) {
-      mean = p_.k_mean + (int64_t{pair} * p_.frame.keys.num_sequences + block.sequence) * kHeadDim;
-    }
-    map_keys(slot.k, block.rows, mean);
+    const int32_t sequence = pair * p_.frame.keys.num_sequences + block.sequence;
+    if (p_.k_mean != nullptr && sequence != sequence_) load_mean(sequence);
+    map_keys(slot.k, block.rows, p_.k_mean == nullptr ? nullptr : shared_.mean[group_]);
     fence_async();
     sync_group();
 
-    if (pair != pair_) {  // its place may still be read
-      pair_ = pair;
+    if (sequence != sequence_) {  // the place of its pair may still be read
+      sequence_ = sequence;
       if (pair >= params_.slots) {
         wait_for_count(
             params_.pair_done + pair - params_.slots,
@@ -136,6 +134,13 @@ class LinearStates {
     stored_.advance();
   }
 
+  /// All have read the mean before: make() synchronised since.
+  __device__ __forceinline__ void load_mean(int32_t sequence) {
+    for (int n = warp_ * kWarpSize + lane_; n < kHeadDim; n += 128) {
+      shared_.mean[group_][n] = p_.k_mean[int64_t{sequence} * kHeadDim + n];
+    }
+    sync_group();
+  }
   /// What another block's rows are: phi is 0 there, but they need not be finite.
   __device__ void clear_values(T* v, int32_t num_rows) {
     for (int n = static_cast<int>(threadIdx.x) % 128; n < kRunK * kHeadDim / 8; n += 128) {
@@ -228,7 +233,7 @@ class LinearStates {
   const int group_, lane_, warp_;
   RingCursor<Traits::kKeySlots> ring_;
   RingCursor<Traits::kAnnouncements> stored_;
-  int32_t pair_ = -1;
+  int32_t sequence_ = -1;  // of the block before, of all heads
 };
 
 }  // namespace sparline::cuda
