@@ -51,11 +51,15 @@ int64_t ragged_size(const Problem& p, const Frame& frame) {
   return p.batch * p.num_heads * frame.queries.num_sequences * p.head_dim * p.head_dim;
 }
 
+/// Also where the plan is made without a device.
+bool is_hopper(const Plan& plan) {
+  return plan.target.cuda_arch == 0 || plan.target.cuda_arch == 90;
+}
+
 const char* why_linear_is_portable(const Plan& plan, const Frame& frame) {
   const Problem& p = plan.problem;
-  const int arch = plan.target.cuda_arch;
   if (!has_linear_branch(p)) return "there is none";
-  if (arch != 0 && arch != 90) return "the device is not Hopper";
+  if (!is_hopper(plan)) return "the device is not Hopper";
   if (const char* const why = why_forward_is_portable(p); *why != '\0') return why;
   if (p.skip.reference != SkipReference::kNone)
     return "the sparse kernel does not combine under a skip rule";
@@ -73,10 +77,11 @@ const char* why_linear_is_portable(const Plan& plan, const Frame& frame) {
 struct ForwardSpace {
   Frame frame;
   bool is_low_bit, is_linear, has_sparse;
-  float* k_mean;     // (B, H_kv, num_sequences, D), if keys are smoothed
-  float* row_votes;  // (B, H, T_m), under a skip rule
-  bool has_sums;     // whether the linear branch may take that road
-  LinearSums sums;   // without o
+  float* k_mean;        // (B, H_kv, num_sequences, D), if keys are smoothed
+  float* row_votes;     // (B, H, T_m), under a skip rule
+  uint32_t* num_taken;  // where Hopper's forward may serve, else null
+  bool has_sums;        // whether the linear branch may take that road
+  LinearSums sums;      // without o
   std::byte* scratch;
   int64_t pairs_per_wave, total_bytes;
 
@@ -92,6 +97,8 @@ struct ForwardSpace {
     const bool has_skip = p.skip.reference != SkipReference::kNone;
     k_mean = arena.take<float>(p.smooth_k ? mean_floats : 0);
     row_votes = arena.take<float>(has_skip ? p.batch * p.num_heads * frame.queries.num_blocks : 0);
+    const bool may_be_hopper = is_hopper(plan) && *why_forward_is_portable(p) == '\0';
+    num_taken = may_be_hopper ? arena.take<uint32_t>(1) : nullptr;
     const auto wave_bytes = [&](int64_t pairs) {
       LinearParams params = linear_params(plan, frame);
       params.wave.count = static_cast<int32_t>(pairs);
@@ -174,7 +181,10 @@ void forward(const Plan& plan, const ForwardArgs& args, std::byte* workspace, vo
                        .tile_order = ints(args.tile_order),
                        .tile_order_stride = args.tile_order.stride[2],
                        .is_protected_only = p.combine == Combine::kLinear,
-                       .low_bit = p.low_bit};
+                       .low_bit = p.low_bit,
+                       .num_taken = space.num_taken};
+  // Well before the forward, which would wait for it.
+  if (space.num_taken != nullptr) clear(space.num_taken, sizeof(*space.num_taken), stream);
   if (p.smooth_k) {
     find_k_mean(plan, space.frame, sparse.k, reinterpret_cast<float*>(space.scratch), space.k_mean,
                 stream);

@@ -99,6 +99,8 @@ struct SparseForward {
   const uint8_t* v_codes = nullptr;  // of the wave, code_bytes(), e4m3
   const float* v_steps = nullptr;    // of the wave (pairs, num_sequences, D)
   LinearTail linear{};               // in: H_i lies in o's rows
+  uint32_t* num_taken = nullptr;     // scratch, 0 before the launch: query blocks that CTAs took
+                                     // beside their first ones; for sparse_forward_sm90() alone
 };
 void sparse_forward(const SparseForward& params, void* stream);
 /// The same on Hopper; false, and nothing is launched, where it does not serve the device or the

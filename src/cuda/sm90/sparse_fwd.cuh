@@ -9,8 +9,8 @@
 //
 //   Tiles     128 queries x 128 keys: two runs of up to 64 keys, wherever they lie, or one
 //   Roles     warpgroup 0 loads (sparse_fwd_load.cuh), 1 and 2 multiply, 64 rows each
-//             (sparse_fwd_multiply.cuh). One CTA for each of G multiprocessors takes query blocks
-//             n, n + G, n + 2 G ..., head by head, so that the keys of a head stay in L2
+//             (sparse_fwd_multiply.cuh). One CTA for each multiprocessor takes query blocks as it
+//             is done with others, head by head, so that the keys of a head stay in L2
 //   Shared    queries 32 KiB, 6 slots of 32 KiB (head_dim 128) for tiles of keys and of values
 //   Sync      load -> full[slot] -> multiply -> empty[slot] -> load; likewise queries and lists
 //   Numerics  S, o and sums float32, base 2; P rounded for P v, not for its sum

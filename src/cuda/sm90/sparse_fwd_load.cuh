@@ -39,6 +39,12 @@ __device__ __forceinline__ void fill_list(const SparseForward& p, const QueryPla
   }
 }
 
+/// Every CTA begins with the block of its own number, and takes the first that nobody has after it.
+__device__ __forceinline__ int32_t next_block(uint32_t* num_taken) {
+  const uint32_t mine = lane_index() == 0 ? gridDim.x + atomicAdd(num_taken, 1) : 0;
+  return static_cast<int32_t>(__shfl_sync(kAllLanes, mine, 0));
+}
+
 /// A query block's row of row_votes.
 __device__ __forceinline__ int32_t row_of_votes(const SparseForward& p, const QueryPlace& at) {
   return (at.b * p.frame.num_heads + at.h) * p.frame.queries.num_blocks + at.i;
@@ -66,7 +72,7 @@ __device__ void look_up(const SparseForwardSm90Params& params,
   const int num_words = (p.frame.keys.num_blocks + 31) / 32;
   RingCursor<2> list;
   RingCursor<Traits::kPlaces> place;
-  for (auto idx = static_cast<int32_t>(blockIdx.x);; idx += static_cast<int32_t>(gridDim.x)) {
+  for (auto idx = static_cast<int32_t>(blockIdx.x);; idx = next_block(p.num_taken)) {
     const bool is_end = idx >= params.num_blocks;
     QueryPlace at{};
     if (!is_end) at = query_place(p.frame, p.wave, idx);
