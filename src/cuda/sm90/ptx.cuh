@@ -15,6 +15,7 @@
 #else
 #include <cuda.h>
 
+#include "cuda/common/counters.cuh"
 #include "cuda/common/platform.cuh"
 
 /// The block's dynamic shared memory, aligned: the copy engine's swizzled boxes want 1024 bytes.
@@ -136,27 +137,6 @@ __device__ __forceinline__ void load_bytes(void* shared, const void* global, uin
 /// Between ordinary accesses of this thread, or those it has learned of, and what products or the
 /// copy engine do to the same memory.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
-
-// Counters in global memory -----------------------------------------------------------------------
-
-/// Counts up; who waits for the count sees what this thread wrote or learned of before.
-__device__ __forceinline__ void count_up(uint32_t* counter) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-}
-__device__ __forceinline__ uint32_t count_of(const uint32_t* counter) {
-  uint32_t count;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
-  return count;
-}
-__device__ __forceinline__ void wait_for_count(const uint32_t* counter, uint32_t count) {
-  [[maybe_unused]] int num_polls = 0;
-  while (count_of(counter) < count) {
-    __nanosleep(64);
-#ifdef SPARLINE_WATCHDOG
-    if (++num_polls > SPARLINE_WATCHDOG) __trap();
-#endif
-  }
-}
 
 // Products of a warpgroup -------------------------------------------------------------------------
 

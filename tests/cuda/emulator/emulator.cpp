@@ -104,6 +104,7 @@ struct Machine {
   void* context = nullptr;
   size_t shared_bytes = 0;
   uint64_t progress = 0;  // counts what others may have waited for
+  bool fills_up = false;  // next, blocks begin as long as there is room for them
   std::vector<Instructions> instructions;
 
   Order order = Order::kForward;
@@ -433,9 +434,11 @@ void run_blocks(int64_t num_blocks, int64_t start) {
       return true;
     });
     num_idle_rounds = machine.progress == progress ? num_idle_rounds + 1 : 0;
-    if (!machine.live.empty() && num_idle_rounds == 0) continue;
+    const bool has_room = machine.live.size() < static_cast<size_t>(num_multiprocessors());
+    const bool fills_up = std::exchange(machine.fills_up, false) && has_room;
+    if (!machine.live.empty() && num_idle_rounds == 0 && !fills_up) continue;
     if (idx < num_blocks) {
-      if (machine.live.size() == static_cast<size_t>(num_multiprocessors())) {
+      if (!has_room) {
         fail_in_block("deadlock: blocks wait for others that have no room beside them" +
                       describe_waiting());
       }
@@ -758,6 +761,11 @@ void let_others_go_on(const void* site) {
 
 void note_progress() { ++machine.progress; }
 
+void let_others_begin() {
+  machine.fills_up = true;
+  note_progress();
+}
+
 void add_instructions(const Instructions& instructions) {
   machine.instructions.push_back(instructions);
 }
@@ -838,3 +846,38 @@ void run(const void* kernel, int64_t blocks, int threads, int64_t shared_bytes,
 }
 
 }  // namespace sparline::cuda::emulator
+
+// Counters in global memory -----------------------------------------------------------------------
+
+namespace sparline::cuda {
+
+int64_t emulator::num_counts = 0;
+
+void count_up(uint32_t* counter) {
+  ++*counter;
+  ++emulator::num_counts;
+  emulator::note_progress();
+}
+uint32_t count_of(const uint32_t* counter) {
+  emulator::let_others_go_on(__builtin_return_address(0));
+  return *counter;
+}
+void wait_for_count(const uint32_t* counter, uint32_t count) {
+  const void* const site = __builtin_return_address(0);
+  while (*counter < count) emulator::let_others_go_on(site);
+}
+uint32_t take_ticket(uint32_t* counter) {
+  const void* const site = __builtin_return_address(0);
+  const uint32_t ticket = (*counter)++;
+  int num_turns = 1;
+  if (emulator::order() == emulator::Order::kRandom) {
+    num_turns += static_cast<int>(emulator::random_number() % 8);
+  }
+  for (int turn = 0; turn < num_turns; ++turn) {
+    emulator::let_others_begin();
+    emulator::let_others_go_on(site);
+  }
+  return ticket;
+}
+
+}  // namespace sparline::cuda

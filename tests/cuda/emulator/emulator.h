@@ -3,8 +3,8 @@
 // Runs CUDA kernels on the CPU, one block after another, every thread a fiber: for tests of kernels
 // on machines without a GPU, and for finding what a GPU would only sometimes show. With
 // SPARLINE_EMULATE_CUDA a .cu file is plain C++, and cuda/common/platform.cuh includes this file in
-// place of launch.cuh and ptx.cuh. Memory of the device is memory of the host; streams mean
-// nothing.
+// place of launch.cuh and ptx.cuh; it has what counters.cuh provides, too. Memory of the device is
+// memory of the host; streams mean nothing.
 //
 //   g++ -std=c++20 -O2 -g1 -fno-strict-aliasing -Wall -Wno-unknown-pragmas
 //     -DSPARLINE_EMULATE_CUDA -Iinclude -Isrc -Itests/cuda -I/usr/local/cuda/include
@@ -14,7 +14,9 @@
 // is linked; the headers cuda_bf16.h, cuda_fp16.h and cuda_fp8.h are the toolkit's.) What it
 // checks, ending the process with a message that names kernel, block, thread and line:
 //   - Deadlocks: lanes that wait for a lane named in the mask that has left or waits elsewhere,
-//     barriers that some threads never reach; lanes that meet with different collectives or masks.
+//     barriers that some threads never reach; lanes that meet with different collectives or masks;
+//     counters that nobody counts up; more blocks that wait for each other than multiprocessors
+//     (set_device).
 //   - cp.async and ldmatrix: addresses that are not aligned or not in shared memory.
 //   - Dynamic shared memory has what was asked for, to the next 512 bytes: it ends at a page that
 //     cannot be touched. A fault in a kernel names the thread.
@@ -27,8 +29,9 @@
 //     (the seed of random orders) picks the order of blocks, warps and lanes: a result that depends
 //     on it lacks a __syncthreads or __syncwarp.
 // A block runs to its end before the next one begins, but for blocks that wait for counters in
-// global memory (hopper.h): the next one then begins beside it. Static __shared__ arrays become
-// static variables: they keep their values from block to block, and blocks side by side share them.
+// global memory or take tickets: the next one then begins beside it. Static __shared__ arrays
+// become static variables: they keep their values from block to block, and blocks side by side
+// share them.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -154,6 +157,8 @@ void wake(const std::function<bool(const Wait&, int thread)>& is_over);
 void let_others_go_on(const void* site);
 /// Something has happened that a thread of another block may wait for.
 void note_progress();
+/// The next block begins beside those that run, if there is room.
+void let_others_begin();
 
 /// The threads of the block that wait.
 struct Waiting {
@@ -513,5 +518,17 @@ uint32_t pack(float low, float high) {
   };
   return bits(high) << 16 | bits(low);
 }
+
+// What counters.cuh provides ----------------------------------------------------------------------
+
+namespace emulator {
+extern int64_t num_counts;  // since the program began: whether kernels ran whose blocks count
+}
+void count_up(uint32_t* counter);
+/// Lets all others go on first: it is read in loops.
+uint32_t count_of(const uint32_t* counter);
+void wait_for_count(const uint32_t* counter, uint32_t count);
+/// Lets others take theirs before the work begins.
+uint32_t take_ticket(uint32_t* counter);
 
 }  // namespace sparline::cuda

@@ -14,7 +14,7 @@
 namespace sparline::cuda {
 namespace emulator {
 
-int64_t num_boxes = 0, num_counts = 0;
+int64_t num_boxes = 0;
 
 namespace {
 
@@ -686,22 +686,6 @@ bool encode_rows(CUtensorMap& map, const Rows& rows, DType, int64_t num_batches,
       .box_rows = box_rows};
   std::memcpy(static_cast<void*>(&map), &encoded, sizeof(encoded));
   return true;
-}
-
-// Counters in global memory -----------------------------------------------------------------------
-
-void count_up(uint32_t* counter) {
-  ++*counter;
-  ++emulator::num_counts;
-  emulator::note_progress();
-}
-uint32_t count_of(const uint32_t* counter) {
-  emulator::let_others_go_on(__builtin_return_address(0));
-  return *counter;
-}
-void wait_for_count(const uint32_t* counter, uint32_t count) {
-  const void* const site = __builtin_return_address(0);
-  while (*counter < count) emulator::let_others_go_on(site);
 }
 
 // Products ----------------------------------------------------------------------------------------

@@ -2,11 +2,10 @@
 //
 // Hopper's own instructions under the emulator: every name of cuda/sm90/ptx.cuh, which includes
 // this file in its place, and what kernels there may need next (bulk copies, products of two
-// operands in shared memory, counters between blocks). What it checks, beside what emulator.h does,
+// operands in shared memory). What it checks, beside what emulator.h does,
 // naming the thread and the line:
 //   - Deadlocks: a barrier whose phase never ends, with what it misses; named barriers that too few
-//     warps reach; counters that nobody counts up; more blocks that wait for each other than
-//     multiprocessors (set_device).
+//     warps reach.
 //   - Barriers that were not initialised, not made known, initialised twice or overwritten;
 //     arrivals that a barrier does not expect; threads that do not agree on a named barrier.
 //   - Whole warps at wgmma_*, elect_one, named barriers and setmaxnreg, whole warpgroups with the
@@ -88,16 +87,6 @@ __forceinline__ void load_box_once(void* shared, const CUtensorMap& map, Barrier
 /// `bytes` bytes, a multiple of 16 at multiples of 16.
 void load_bytes(void* shared, const void* global, uint32_t bytes, Barrier& barrier);
 inline void fence_async() {}
-
-// Counters in global memory -----------------------------------------------------------------------
-
-namespace emulator {
-extern int64_t num_counts;  // since the program began: whether kernels ran whose blocks count
-}
-void count_up(uint32_t* counter);
-/// Lets all others go on first: it is read in loops.
-uint32_t count_of(const uint32_t* counter);
-void wait_for_count(const uint32_t* counter, uint32_t count);
 
 // Products of a warpgroup -------------------------------------------------------------------------
 
