@@ -702,6 +702,68 @@ TEST(Route, TiesAreTies) {
   for (uint64_t seed = 0; seed < num_cases(40); ++seed) expect_the_classes_of_the_cpu(seed, true);
 }
 
+/// A problem with the test of similarity, which all blocks pass, takes the kernels one by one;
+/// without it one kernel does it all. Its blocks wait for each other, in every order of threads and
+/// however many run side by side.
+TEST(Route, OneKernelChoosesWhatManyDo) {
+  for (uint64_t seed = 0; seed < num_cases(24); ++seed) {
+    std::mt19937_64 engine(seed);
+    const auto pick = [&](auto... choices) {
+      const std::common_type_t<decltype(choices)...> all[] = {choices...};
+      return all[engine() % sizeof...(choices)];
+    };
+    Case c = on_cuda(random_case(seed));
+    Problem& p = c.problem;
+    p.batch = pick(1, 2, 3);
+    p.num_kv_heads = pick(1, 2);
+    p.num_heads = p.num_kv_heads * pick(1, 1, 3);
+    p.head_dim = pick(64, 128, 256, 72, 38);
+    p.block_q = pick(16, 64, 128);
+    p.block_k = pick(16, 16, 64);
+    p.num_queries = p.block_q * pick(1, 7, 20) + pick(0, 5);
+    p.num_keys = p.block_k * pick(3, 40, seed % 6 ? 70 : 508) + pick(0, 0, 9);
+    p.query_segments.clear();
+    p.key_segments.clear();
+    if (pick(0, 0, 1)) {
+      p.query_segments = {{0, p.num_queries / 2, 0, false},
+                          {p.num_queries / 2, p.num_queries, 2, pick(false, true)}};
+      p.key_segments = {{0, p.num_keys / 3, 0, false},
+                        {p.num_keys / 3, p.num_keys / 2, 0, true},
+                        {p.num_keys / 2, p.num_keys, 2, false}};
+    }
+    p.bit_rows = 0;
+    p.skip = {};
+    p.low_bit = {};
+    c.has_query_order = c.has_key_order = pick(false, true);
+    c.rule.selection =
+        pick(Selection::kTopK, Selection::kTopK, Selection::kTopP, Selection::kIntersection);
+    c.rule.critical_mass = 0.47;
+    c.rule.critical_ratio = pick(0.03, 0.3);
+    c.rule.negligible_ratio = pick(0.0, 0.1);
+    c.rule.smooth_k = pick(true, true, false);
+    const Inputs in = random_inputs(c);
+    Array proj_q, proj_k;
+    if (pick(false, true)) {
+      const int64_t dim = p.head_dim;
+      proj_q = random_array(engine, {1, pick(int64_t{1}, p.num_heads), dim, dim}, 0.1, DType::kF32);
+      proj_k = random_array(engine, {1, pick(int64_t{1}, p.num_heads), dim, dim}, 0.1, DType::kF32);
+    }
+    c.rule.min_similarity = 1e-30;
+    int64_t before = cuda::emulator::num_counts;
+    const auto want = route_classes(c, in, proj_q, proj_k);
+    EXPECT_EQ(cuda::emulator::num_counts, before);
+    c.rule.min_similarity = -1.0;
+    for (const int num_multiprocessors : {1, 2, 7}) {
+      cuda::emulator::set_device(80, num_multiprocessors);
+      const OrderByTurns order(seed + static_cast<uint64_t>(num_multiprocessors));
+      before = cuda::emulator::num_counts;
+      EXPECT_EQ(route_classes(c, in, proj_q, proj_k), want) << "seed " << seed << describe(c);
+      EXPECT_GT(cuda::emulator::num_counts, before);
+    }
+    cuda::emulator::set_device(80);
+  }
+}
+
 // SoftTop-k, against the CPU backend -------------------------------------------------------------
 
 Array run_soft_top_k(Device device, const Array& scores, std::vector<float> kappa,
