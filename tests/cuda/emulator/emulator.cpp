@@ -869,11 +869,10 @@ void wait_for_count(const uint32_t* counter, uint32_t count) {
 uint32_t take_ticket(uint32_t* counter) {
   const void* const site = __builtin_return_address(0);
   const uint32_t ticket = (*counter)++;
-  int num_turns = 1;
-  if (emulator::order() == emulator::Order::kRandom) {
-    num_turns += static_cast<int>(emulator::random_number() % 8);
-  }
-  for (int turn = 0; turn < num_turns; ++turn) {
+  uint64_t num_turns = 1;  // reverse: the later of eight goes first, though it began later
+  if (emulator::order() == emulator::Order::kReverse) num_turns += 2 * (7 - ticket % 8);
+  if (emulator::order() == emulator::Order::kRandom) num_turns += emulator::random_number() % 16;
+  for (uint64_t turn = 0; turn < num_turns; ++turn) {
     emulator::let_others_begin();
     emulator::let_others_go_on(site);
   }
