@@ -60,7 +60,7 @@ struct StreamShared {
   union {
     float slices[2][(kRows + kStreamCols) * kSlice];
     float scores[kRows][kScoreStride];
-    PoolScratch<kHeadDim> pool[kTogether];
+    PoolScratch<kHeadDim> pool[2][kTogether];
     float chains[kChains][kCentreCols];
   };
   Work work;
@@ -120,12 +120,13 @@ __device__ __forceinline__ void pool_blocks(const PoolJob& job, int32_t num_head
   const int32_t begin = unit * blocks_per_unit;
   const int32_t end = min(begin + blocks_per_unit, num_blocks);
   const int group = warp_index() / kPoolWarps;
-  for (int32_t first = begin; first < end; first += kTogether) {
-    if (first > begin) __syncthreads();  // sums of the blocks before have been read
+  // Two places in turn: who sums up in one again has passed the barrier of the other.
+  int turn = 0;
+  for (int32_t first = begin; first < end; first += kTogether, turn ^= 1) {
     if (first + group < end) {
       pool_block<T, kHeadDim, /*kIsSimilarity=*/false>(job, pair * num_blocks + first + group,
                                                        p.route.classify.frame.head_dim, p.route.ld,
-                                                       0.0f, shared.pool[group]);
+                                                       0.0f, shared.pool[turn][group]);
     } else {
       __syncthreads();  // that of the other group
     }
