@@ -76,7 +76,7 @@ demo: $(VENV)/.demo
 	@$(BIN)/sparline generate --compare $(DEMO_METHODS) --prompt bigbuckbunny \
 	  --init-video $(DEMO_CLIP) --strength 0.6 --steps 12 --guidance 1 --out outputs/demo/clip
 	@echo; echo "Look at outputs/demo/noise/sheet.png and outputs/demo/clip/sheet.png; compare.mp4 beside them moves."
-	@echo "How close the fine-tuned models are to dense over held-out clips: docs/quality.md (rows SLA2)."
+	@echo "How close the fine-tuned models are to dense over held-out clips: docs/quality.md (SLA2, cubes, blocks of 64 x 32)."
 
 # --- tests -----------------------------------------------------------------------------------------------------------
 
