@@ -23,7 +23,16 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "training"
 PAGE = ROOT / "docs" / "quality.md"
 #: Rows of the plots: the rest is in the tables.
-PLOTTED = ("sparse", "sla_main", "sla", "sla2", "linear_plus_sparse", "vsa", "vmoba", "sla2_fine_router")
+PLOTTED = (
+    "sparse",
+    "sla_main",
+    "sla",
+    "sla2",
+    "linear_plus_sparse",
+    "vsa",
+    "vmoba",
+    "sla2_fine_router",
+)
 
 HEAD = """\
 # Quality after fine-tuning
