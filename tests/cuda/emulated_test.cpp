@@ -566,20 +566,24 @@ TEST(Hopper, SizesThatItIsMadeFor) {
   }
 }
 
+/// The same bits in every order of threads.
+void check_orders(const Case& c, const Inputs& inputs, uint64_t seed) {
+  std::string misuse;
+  set_order(Order::kForward);
+  const Outputs want = run(c, inputs, &misuse);
+  for (const Order order : {Order::kReverse, Order::kRandom}) {
+    set_order(order, seed);
+    expect_same_bits(run(c, inputs, &misuse), want, describe(c));
+  }
+  set_order(Order::kForward);
+  EXPECT_EQ(misuse, "") << describe(c);
+}
+
 TEST(Hopper, ResultsDoNotDependOnTheOrderOfThreads) {
   const OnHopper on_hopper;
   for (uint64_t seed = 4100; seed < 4104; ++seed) {
     const Case c = hopper_case(seed);
-    const Inputs inputs = random_inputs(c);
-    std::string misuse;
-    set_order(Order::kForward);
-    const Outputs want = run(c, inputs, &misuse);
-    for (const Order order : {Order::kReverse, Order::kRandom}) {
-      set_order(order, seed);
-      expect_same_bits(run(c, inputs, &misuse), want, describe(c));
-    }
-    set_order(Order::kForward);
-    EXPECT_EQ(misuse, "") << describe(c);
+    check_orders(c, random_inputs(c), seed);
   }
 }
 
@@ -705,16 +709,7 @@ TEST(HopperSkip, ResultsDoNotDependOnTheOrderOfThreads) {
   for (uint64_t seed = 6200; seed < 6206; ++seed) {
     const OnHopper on_hopper(1 + static_cast<int>(seed % 3));
     const Case c = skip_case(seed);
-    const Inputs inputs = skip_inputs(c);
-    std::string misuse;
-    set_order(Order::kForward);
-    const Outputs want = run(c, inputs, &misuse);
-    for (const Order order : {Order::kReverse, Order::kRandom}) {
-      set_order(order, seed);
-      expect_same_bits(run(c, inputs, &misuse), want, describe(c));
-    }
-    set_order(Order::kForward);
-    EXPECT_EQ(misuse, "") << describe(c);
+    check_orders(c, skip_inputs(c), seed);
   }
 }
 
