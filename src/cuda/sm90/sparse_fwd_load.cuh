@@ -412,8 +412,7 @@ class SparseForwardSm90Loader {
   SparseForwardSm90Shared<Traits>& shared_;
   RingCursor<Traits::kSlots> ring_;
   bool is_first_ = true;
-  int num_votes_ = 0;           // with a skip rule
-  uint32_t vote_parities_ = 0;  // of the votes to come, a bit for each round
+  uint32_t vote_parities_ = 0;  // with a skip rule: of the votes to come, a bit for each round
 };
 
 }  // namespace sparline::cuda
