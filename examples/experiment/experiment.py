@@ -253,6 +253,9 @@ class Experiment:
             else torch.cuda.get_device_name(),
             "torch": torch.__version__,
         }
+        start = self.folder / "start" / "result.json"
+        if piece.kind != "start" and start.is_file():  # which of several runs of it
+            described["start_loss"] = json.loads(start.read_text())["held_out_loss"]
         if row is not None and piece.kind != "router":
             described |= {
                 "row": row.name,

@@ -42,10 +42,12 @@ Measured by `examples/experiment/experiment.py`, rendered by `examples/experimen
 
 - **Every trained row** starts from one dense model and sees the same clips with the same noise for
   the same steps; dense is trained on likewise. Rows under *no training* run on that dense model.
+  Where the dense model to start from was itself trained again, a row counts as another run, and is
+  compared with dense from its own start.
 - **held-out loss** is the flow-matching loss of the averaged weights on fixed held-out clips with
   fixed noise and evenly spaced noise levels; **Δ dense** is the mean of the paired differences to
   dense of the same seed, in percent of dense, ± the standard error of that mean over clips; where
-  there are several seeds, a range over seeds follows.
+  there are several runs (seeds, or starts), a range over them follows.
 - **gap closed**: the share of sparse-only's Δ, at the same ratio and seed, that is not left.
 - **density** is the share of score elements (of tiles, for in-loop methods) that enter the softmax,
   as achieved, mean over layers.
@@ -133,8 +135,9 @@ def rows_of(everything: list[Result]) -> list[Result]:
 
 def router_table(result: Result) -> str:
     """What stage 1 made of the router, by ratio."""
+    start = f", start at {result['start_loss']:.4f}" if "start_loss" in result else ""
     lines = [
-        f"### The router, {result['router']}\n\n"
+        f"### The router, {result['router']}{start}\n\n"
         "Relative square error of SLA2's attention, hard router, held-out clips, mean over layers: "
         "before its training (begun from what the ratio before left, with α fitted anew), after "
         "it, with α fitted once more behind it, and of what was kept, the best of these.\n\n"
@@ -148,7 +151,7 @@ def router_table(result: Result) -> str:
 
 def table(rows: list[Result], results: list[Result]) -> str:
     head = (
-        "| | seeds | density | held-out loss | Δ dense | gap closed | from noise: PSNR, SSIM "
+        "| | runs | density | held-out loss | Δ dense | gap closed | from noise: PSNR, SSIM "
         "| over a clip: PSNR, SSIM | attention | ms | GiB |\n"
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n"
     )
@@ -162,7 +165,7 @@ def table(rows: list[Result], results: list[Result]) -> str:
 
 
 def cells(same: list[Result], results: list[Result]) -> list[str]:
-    """A line of the table, of one row's seeds."""
+    """A line of the table, of one row's runs."""
     first = same[0]
     deltas = [d for r in same if (d := delta(r, results)) is not None]
     closed = [c for r in same if (c := gap_closed(r, results)) is not None]
@@ -191,7 +194,7 @@ def pair(same: list[Result], kind: str) -> str:
 
 
 def levels_table(results: list[Result]) -> str:
-    """Δ dense by noise level, first ratio and seed."""
+    """Δ dense by noise level, first ratio and run."""
     ratio = next((r["ratio"] for r in results if r["ratio"] is not None), None)
     lines = [
         "### By noise level\n\nΔ dense in percent of dense at that level"
@@ -199,9 +202,9 @@ def levels_table(results: list[Result]) -> str:
         + ".\n\n| σ | 0–0.2 | 0.2–0.4 | 0.4–0.6 | 0.6–0.8 | 0.8–1 |\n"
         "|---|---:|---:|---:|---:|---:|\n"
     ]
-    for r in results:
+    for r, *_ in by_row(r for r in results if r["seed"] == 0 and r["ratio"] in (ratio, None)):
         dense = partner(r, results)
-        if r["seed"] == 0 and r["ratio"] in (ratio, None) and dense is not None and r is not dense:
+        if dense is not None and r is not dense:
             fifths = [100 * (a / b - 1) for a, b in zip(by_level(r), by_level(dense), strict=True)]
             words = r["words"] + (", no training" if r["is_free"] else "")
             lines.append(f"| {words} | " + " | ".join(f"{x:+.1f}" for x in fifths) + " |\n")
@@ -229,12 +232,15 @@ def by_row(results: Iterable[Result]) -> list[list[Result]]:
 
 
 def partner(result: Result, results: list[Result], row: str = "dense") -> Result | None:
-    """The result of ``row`` with the same seed, and the same ratio if it has one."""
-    for r in results:
-        same_ratio = r["ratio"] in (result["ratio"], None)
-        if r["row"] == row and r["seed"] == result["seed"] and same_ratio:
-            return r
-    return None
+    """The result of ``row`` with the same seed, and the same ratio if it has one: from the same
+    start, or for another row than dense from any."""
+    found = [
+        r
+        for r in results
+        if r["row"] == row and r["seed"] == result["seed"] and r["ratio"] in (result["ratio"], None)
+    ]
+    same_start = [r for r in found if r.get("start_loss") == result.get("start_loss")]
+    return next(iter(same_start if row == "dense" else same_start + found), None)
 
 
 def delta(result: Result, results: list[Result]) -> tuple[float, float] | None:
@@ -290,7 +296,9 @@ def plot(path: Path, results: list[Result]) -> None:
         1, 3, figsize=(16, 4.8), layout="constrained"
     )
     for name in PLOTTED:
-        rows = [r for r in results if r["row"] == name and r["seed"] == 0]
+        rows = [
+            first for first, *_ in by_row(results) if first["row"] == name and first["seed"] == 0
+        ]
         if not rows:
             continue
         words = rows[0]["words"]

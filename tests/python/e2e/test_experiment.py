@@ -282,3 +282,24 @@ def test_a_router_fits_one_method() -> None:
     ):
         with pytest.raises(SystemExit, match="b cannot start from the router one"):
             check([*rows, wrong])
+
+
+def test_a_row_is_compared_with_dense_from_its_own_start() -> None:
+    render = load("render")
+
+    def result(row: str, loss: float, start: float | None, ratio: float | None) -> dict[str, Any]:
+        told = {"row": row, "ratio": ratio, "seed": 0, "is_free": False}
+        told["held_out"] = [(0.1, loss), (0.9, loss)]
+        return told if start is None else {**told, "start_loss": start}
+
+    results = [
+        result("dense", 1.0, None, None),
+        result("sparse", 2.0, None, 0.05),
+        result("dense", 4.0, 0.5, None),
+        result("sla2", 6.0, 0.5, 0.05),
+        result("vsa", 6.0, 0.7, 0.05),
+    ]
+    assert render.delta(results[1], results) == (100.0, 0.0)
+    assert render.delta(results[3], results) == (50.0, 0.0)
+    assert render.gap_closed(results[3], results) == 0.5
+    assert render.delta(results[4], results) is None  # there is no dense from that start
