@@ -45,7 +45,7 @@ struct Space {
     Arena arena(base);
     bits = arena.take<uint2>(heads * tiles_m * chunks * Traits::kTileM);
     empty_rows = arena.take<float>(heads * tiles_m * Traits::kTileM);
-    num_counters = heads + pairs + pairs * chunks;
+    num_counters = 1 + pairs + pairs * chunks;
     slots = static_cast<int32_t>(num_slots(params, num_blocks * head_dim * (head_dim + 1) * 2,
                                            arena.used_bytes() + num_counters * 4));
     states = arena.take<bf16>(slots * num_blocks * head_dim * head_dim);
@@ -99,14 +99,14 @@ bool linear_sums_sm90(const LinearParams& params, const LinearSums& sums, std::b
                      .z_data = space.z,
                      .bits = space.bits,
                      .empty_rows = space.empty_rows,
-                     .bits_ready = space.counters,
+                     .bits_made = space.counters,
                      .num_units = params.wave.count * f.keys.num_blocks,
                      .num_tiles = params.wave.count * f.group() * space.tiles_m * space.tiles_n,
                      .tiles_m = space.tiles_m,
                      .tiles_n = space.tiles_n,
                      .chunks = space.chunks,
                      .slots = space.slots};
-  p.pair_done = p.bits_ready + params.wave.count * f.group();
+  p.pair_done = p.bits_made + 1;
   p.chunk_ready = p.pair_done + params.wave.count;
   const int64_t width = int64_t{f.head_dim} * f.head_dim;
   const Rows states{.data = space.states,

@@ -15,9 +15,9 @@
 //             64 key blocks at a time
 //   Shared    W 32 KiB, 4 slots of 32 KiB for keys and values, 4 of 16 KiB for states
 //   Sync      load -> full[slot] -> use -> empty[slot] -> load, in both rings. Between CTAs,
-//             counters in global memory: states of a chunk are there, rows of the map are there,
-//             the sums of a pair are done and its states may be overwritten. The launch is
-//             cooperative: no CTA waits for one that cannot begin
+//             counters in global memory: states of a chunk are there, the map is there, the sums
+//             of a pair are done and its states may be overwritten. The launch is cooperative: no
+//             CTA waits for one that cannot begin
 //   Numerics  phi, v W^T, h and z bf16, sums float32, H_i bf16. No atomics on data
 //
 // The states of the pairs that are there at a time fit into L2, where the product reads them.
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                                 ((col % 64 / 8 ^ row % 8) * 16) + col % 8 * 2;
       *reinterpret_cast<uint32_t*>(to) = pack<T>(w.x, w.y);
     }
-    fence_async();
+    fence_async_shared();
   }
   __syncthreads();
   const int warp = __shfl_sync(kAllLanes, warp_index(), 0);
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     LinearStates<Traits>(params, shared, warp / 4 - 1).run();
   } else {
     take_registers<Traits::kSumRegisters>();
-    make_bits<Traits>(params, warp - 12, 8);
+    make_bits<Traits>(params, warp - 12, Traits::kSumWarps);
     LinearProduct<Traits>(params, shared, warp / 4 - 3).run();
   }
 }

@@ -58,7 +58,7 @@ class ReadyChunks {
           kAllLanes, num_left > 0 && count_of(params_.chunk_ready + int64_t{pair} * params_.chunks +
                                               own) >= num);
       __syncwarp();  // what one lane has learned of, the lane that copies must have learned of too
-      fence_async();
+      fence_async_global();
       if ((is_ready_ >> (chunk - first) & 1) == 0) __nanosleep(64);
 #ifdef SPARLINE_WATCHDOG
       if (++num_polls > SPARLINE_WATCHDOG) __trap();
@@ -79,16 +79,10 @@ __device__ void load_sums(const LinearSumsParams& params, LinearSumsShared<Trait
   constexpr int kTilesH = Traits::kHeadDim * Traits::kHeadDim / kTileN;  // the other is of z
   RingCursor<Traits::kSumSlots> ring;
   ReadyChunks<Traits> ready(params);
-  int32_t last_head = -1;
   for (auto idx = static_cast<int32_t>(blockIdx.x); idx < params.num_tiles;
        idx += static_cast<int32_t>(gridDim.x)) {
     const SumTile tile(params, idx);
     const int32_t pair = tile.head / frame.group();
-    if (tile.head != last_head) {
-      last_head = tile.head;
-      wait_for_count(params.bits_ready + tile.head,
-                     static_cast<uint32_t>(params.tiles_m * Traits::kTileM));
-    }
     const bool is_z = tile.n == kTilesH;
     const CUtensorMap& map = is_z ? params.z : params.states;
     const CUtensorMap& cut_map = is_z ? params.cut_z : params.cut_states;
@@ -132,7 +126,7 @@ __device__ void announce_states(const LinearSumsParams& params, LinearSumsShared
     const int32_t pair = unit / num_blocks, chunk = unit % num_blocks / Traits::kChunk;
     wait(shared.stored[group][ring.slot], ring.parity);
     if (lane_index() == 0) {
-      fence_async();
+      fence_async_global();
       count_up(params.chunk_ready + int64_t{pair} * params.chunks + chunk);
       arrive(shared.announced[group][ring.slot]);
     }
@@ -145,7 +139,7 @@ __device__ void announce_states(const LinearSumsParams& params, LinearSumsShared
 /// The first one is the first of the row's sequence.
 template <class Traits>
 __device__ void make_bits(const LinearSumsParams& params, int first_warp, int num_warps) {
-  constexpr int kTileM = Traits::kTileM, kTogether = 8;
+  constexpr int kTileM = Traits::kTileM, kTogether = 16;
   const LinearParams& p = params.linear;
   const Axis& queries = p.frame.queries;
   const Axis& keys = p.frame.keys;
@@ -190,11 +184,9 @@ __device__ void make_bits(const LinearSumsParams& params, int first_warp, int nu
         }
       }
     }
-    if (lane == 0) {
-      params.empty_rows[row] = any == 0 ? NAN : 0.0f;
-      count_up(params.bits_ready + head);
-    }
+    if (lane == 0) params.empty_rows[row] = any == 0 ? NAN : 0.0f;
   }
+  if (lane == 0) count_up(params.bits_made);
 }
 
 }  // namespace sparline::cuda

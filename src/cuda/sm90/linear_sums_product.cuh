@@ -26,16 +26,21 @@ class LinearProduct {
         row_(group * 64 + warp_index() % 4 * 16 + lane_ / 4) {}
 
   __device__ void run() {
+    // All of them: every CTA makes its share before it adds up anything.
+    wait_for_count(params_.bits_made, gridDim.x * Traits::kSumWarps);
+    __syncwarp();
+    load_first_bits(static_cast<int32_t>(blockIdx.x));
     for (auto idx = static_cast<int32_t>(blockIdx.x); idx < params_.num_tiles;
          idx += static_cast<int32_t>(gridDim.x)) {
       const SumTile tile(params_, idx);
       SumRange range;
       for (bool is_left = next_range<Traits>(params_, tile.m, range); is_left;) {
         const SumRange own = range;
-        add_chunks(tile, own.template num_chunks<Traits>());
+        add_chunks(own.template num_chunks<Traits>());
         is_left = next_range<Traits>(params_, tile.m, range);
+        load_first_bits(is_left ? idx : idx + static_cast<int32_t>(gridDim.x));
         if (!is_left && threadIdx.x % 128 == 0) {
-          count_up(params_.pair_done + tile.head / params_.linear.frame.group());
+          count_reads(params_.pair_done + tile.head / params_.linear.frame.group());
         }
         store(tile, own);
       }
@@ -51,33 +56,34 @@ class LinearProduct {
     return (word & (0x00010001u << kShift)) * (kOne >> kShift);
   }
 
-  __device__ __forceinline__ void add_chunks(const SumTile& tile, int32_t num_chunks) {
-#pragma unroll
-    for (int n = 0; n < kTileN / 2; ++n) sum_[n] = 0.0f;
-    const uint2* bits = params_.bits +
-                        (int64_t{tile.head} * params_.tiles_m + tile.m) * params_.chunks * kTileM +
-                        row_;
-    // Two chunks ahead: they take longer than the products of one.
-    Bits even = {}, odd = {};
-    if (num_chunks > 0) {
-      wait(shared_.sum_full[ring_.slot], ring_.parity);  // by then the map is there too
-      load(even, bits);
-      if (num_chunks > 1) load(odd, bits);
-    }
-    for (int32_t chunk = 0; chunk < num_chunks; chunk += 2) {
-      add_chunk(even, chunk + 2 < num_chunks, bits);
-      if (chunk + 1 < num_chunks) add_chunk(odd, chunk + 3 < num_chunks, bits);
-    }
-  }
   /// The map of a chunk, rows g and g + 8.
   using Bits = uint2[2];
-  __device__ __forceinline__ static void load(Bits& to, const uint2*& bits) {
-    to[0] = __ldcg(bits);
-    to[1] = __ldcg(bits + 8);
-    bits += kTileM;
+  __device__ __forceinline__ void load(Bits& to) {
+    to[0] = __ldcg(bits_);
+    to[1] = __ldcg(bits_ + 8);
+    bits_ += kTileM;
+  }
+  /// The map is two chunks ahead, also of a tile's first ones: it takes longer to come than the
+  /// products of one.
+  __device__ __forceinline__ void load_first_bits(int32_t idx) {
+    if (idx >= params_.num_tiles) return;
+    const SumTile tile(params_, idx);
+    bits_ = params_.bits +
+            (int64_t{tile.head} * params_.tiles_m + tile.m) * params_.chunks * kTileM + row_;
+    load(even_);
+    if (params_.chunks > 1) load(odd_);
+  }
+
+  __device__ __forceinline__ void add_chunks(int32_t num_chunks) {
+#pragma unroll
+    for (int n = 0; n < kTileN / 2; ++n) sum_[n] = 0.0f;
+    for (int32_t chunk = 0; chunk < num_chunks; chunk += 2) {
+      add_chunk(even_, chunk + 2 < num_chunks);
+      if (chunk + 1 < num_chunks) add_chunk(odd_, chunk + 3 < num_chunks);
+    }
   }
   /// `own` then becomes the map of the chunk after the next one, if there is one.
-  __device__ __forceinline__ void add_chunk(Bits& own, bool has_more, const uint2*& bits) {
+  __device__ __forceinline__ void add_chunk(Bits& own, bool has_more) {
     // All of A first: ptxas 13.0 waits for every product between whose start and end a register
     // of another one is written (C7513). The other warpgroup multiplies meanwhile.
     uint32_t a[Traits::kChunk / 4];
@@ -94,7 +100,7 @@ class LinearProduct {
     // Made here, and not between the products, where ptxas would wait for them.
 #pragma unroll
     for (int n = 0; n < Traits::kChunk / 4; ++n) asm volatile("" : "+r"(a[n]));
-    if (has_more) load(own, bits);
+    if (has_more) load(own);
     wait(shared_.sum_full[ring_.slot], ring_.parity);
     const uint32_t b =
         matrix_descriptor(shared_address(shared_.sum_slots[ring_.slot]), Traits::kSliceBytes);
@@ -161,6 +167,8 @@ class LinearProduct {
   LinearSumsShared<Traits>& shared_;
   const int lane_, row_;
   RingCursor<Traits::kSumSlots> ring_;
+  const uint2* bits_ = nullptr;  // of the next chunk to ask for
+  Bits even_ = {}, odd_ = {};    // of the next two to multiply
   float sum_[kTileN / 2];
 };
 

@@ -22,7 +22,7 @@ struct LinearSumsTraits {
   static constexpr int kTileM = 128, kTileN = 128, kChunk = 64;  // of the product
   static constexpr int kAnnouncements = 4;  // of states, by each warpgroup, under way
   static constexpr int kSliceBytes = kRunK * 128;
-  static constexpr int kThreads = 640;
+  static constexpr int kThreads = 640, kSumWarps = 8;
   static constexpr int kLoadRegisters = 32, kStateRegisters = 112, kSumRegisters = 112;
   static_assert(kHeadDim % 64 == 0 && kHeadDim <= 128);
 };
@@ -60,7 +60,7 @@ struct LinearSumsParams {
   bf16* z_data = nullptr;      // (slots, T_n, D)
   uint2* bits = nullptr;       // (heads, tiles_m, chunks, kTileM): E_i, see make_bits
   float* empty_rows = nullptr;      // (heads, tiles_m kTileM): NaN where E_i is empty, else 0
-  uint32_t* bits_ready = nullptr;   // (heads): rows of bits that are there
+  uint32_t* bits_made = nullptr;    // warps that have made their rows of bits
   uint32_t* chunk_ready = nullptr;  // (pairs, chunks): states that are there
   uint32_t* pair_done = nullptr;    // (pairs): tiles of the product, once by each warpgroup
   int32_t num_units = 0;            // states

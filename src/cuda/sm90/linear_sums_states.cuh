@@ -54,7 +54,7 @@ class LinearStates {
 
     if (has_projection) {
       if (block.rows < kRunK) {
-        fence_async();
+        fence_async_shared();
         sync_group();
       }
       float y[kHeadDim / 2];
@@ -82,7 +82,7 @@ class LinearStates {
     const int32_t sequence = pair * p_.frame.keys.num_sequences + block.sequence;
     if (p_.k_mean != nullptr && sequence != sequence_) load_mean(sequence);
     map_keys(slot.k, block.rows, p_.k_mean == nullptr ? nullptr : shared_.mean[group_]);
-    fence_async();
+    fence_async_shared();
     sync_group();
 
     if (sequence != sequence_) {  // the place of its pair may still be read

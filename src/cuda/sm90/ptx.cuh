@@ -146,14 +146,25 @@ __device__ __forceinline__ void load_bytes(void* shared, const void* global, uin
       : "memory");
 }
 /// Between ordinary accesses of this thread, or those it has learned of, and what products or the
-/// copy engine do to the same memory.
-__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+/// copy engine do to the same memory. One fence for both memories would also wait until all stores
+/// of this thread to global memory have been performed.
+__device__ __forceinline__ void fence_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void fence_async_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
 
 // Counters in global memory -----------------------------------------------------------------------
 
 /// Counts up; who waits for the count sees what this thread wrote or learned of before.
 __device__ __forceinline__ void count_up(uint32_t* counter) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+/// Counts up without that: for reads that have ended. What a release waits for is stores, of the
+/// whole multiprocessor and for thousands of clocks.
+__device__ __forceinline__ void count_reads(uint32_t* counter) {
+  asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
 __device__ __forceinline__ uint32_t count_of(const uint32_t* counter) {
   uint32_t count;

@@ -24,7 +24,7 @@
 //   for;
 //     D is NaN from its start until each warp has waited.
 //   - elect_one picks lane 31 in the order `reverse`, any lane at random.
-// Not seen: a missing fence_async, memory orders, and what ptxas makes of registers.
+// Not seen: a missing fence, memory orders, and what ptxas makes of registers.
 //
 // Offsets within dynamic shared memory stand for its addresses, as if it began at a multiple of
 // 1024.
@@ -90,7 +90,8 @@ __forceinline__ void load_box_once(void* shared, const CUtensorMap& map, Barrier
 }
 /// `bytes` bytes, a multiple of 16 at multiples of 16.
 void load_bytes(void* shared, const void* global, uint32_t bytes, Barrier& barrier);
-inline void fence_async() {}
+inline void fence_async_shared() {}
+inline void fence_async_global() {}
 
 // Counters in global memory -----------------------------------------------------------------------
 
@@ -98,6 +99,7 @@ namespace emulator {
 extern int64_t num_counts;  // since the program began: whether kernels ran whose blocks count
 }
 void count_up(uint32_t* counter);
+inline void count_reads(uint32_t* counter) { count_up(counter); }
 /// Lets all others go on first: it is read in loops.
 uint32_t count_of(const uint32_t* counter);
 void wait_for_count(const uint32_t* counter, uint32_t count);
