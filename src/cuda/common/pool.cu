@@ -16,14 +16,6 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kVector = 8;  // 16-bit elements of a load
 constexpr int kBatch = 8;
 
-struct PoolParams {
-  PoolJob jobs[2];
-  int32_t num_blocks_first = 0;  // thread blocks of the first job
-  int32_t head_dim = 0;
-  int64_t ld = 0;
-  float least = 0.0f;
-};
-
 // Rows -------------------------------------------------------------------------------------------
 
 template <class T>
@@ -91,19 +83,127 @@ __device__ __forceinline__ void normalise(float (&x)[kVector]) {
   for (int n = 0; n < kVector; ++n) x[n] *= factor;
 }
 
+// Sequences --------------------------------------------------------------------------------------
+
+constexpr int kMeanCols = 8;  // of a slice: 32 bytes of a row
+
+struct MeanParams {
+  Axis axis;
+  int32_t head_dim = 0;
+  float* sums = nullptr;  // (pairs, T, ld)
+  int64_t ld = 0;
+  float* means = nullptr;  // out (pairs, sequences, D)
+  bool is_centred = false;
+};
+
+/// The first block whose sequence is not below `sequence`.
+__device__ __forceinline__ int32_t first_block_of(const Axis& axis, int32_t sequence) {
+  if (axis.table == nullptr) return sequence <= 0 ? 0 : axis.num_blocks;
+  int32_t begin = 0, end = axis.num_blocks;
+  while (begin < end) {
+    const int32_t middle = begin + (end - begin) / 2;
+    if (axis.table[middle].sequence < sequence) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return begin;
+}
+
+/// The mean of a slice of columns of one sequence, and the means of its blocks less that one.
+/// idx = (pair sequences + sequence) slices + slice. Eight threads for each block in turn.
+__device__ __forceinline__ void find_mean(const MeanParams& params, int32_t idx) {
+  __shared__ float partial[kWarps][kMeanCols];
+  constexpr int kStep = kThreads / kMeanCols;
+  const int32_t num_slices = (params.head_dim + kMeanCols - 1) / kMeanCols;
+  const int32_t task = idx / num_slices;
+  const int32_t sequence = task % params.axis.num_sequences;
+  const int32_t pair = task / params.axis.num_sequences;
+  const int col = lane_index() % kMeanCols;
+  const int32_t d = idx % num_slices * kMeanCols + col;
+  const bool has_column = d < params.head_dim;
+  const int32_t begin = first_block_of(params.axis, sequence);
+  const int32_t end = first_block_of(params.axis, sequence + 1);
+  const int32_t first = begin + static_cast<int32_t>(threadIdx.x) / kMeanCols;
+  float* const sums = params.sums + int64_t{pair} * params.axis.num_blocks * params.ld + d;
+
+  float sum = 0.0f;
+  if (has_column) {
+#pragma unroll 8
+    for (int32_t j = first; j < end; j += kStep) sum += sums[j * params.ld];
+  }
+#pragma unroll
+  for (int step = kMeanCols; step < kWarpSize; step *= 2) {
+    sum += __shfl_xor_sync(kAllLanes, sum, step);
+  }
+  if (lane_index() < kMeanCols) partial[warp_index()][col] = sum;
+  __syncthreads();
+  sum = (partial[0][col] + partial[1][col]) + (partial[2][col] + partial[3][col]);
+  if (!has_column) return;
+  const float mean =
+      begin < end ? sum / static_cast<float>(params.axis.block(begin).sequence_rows) : 0.0f;
+  if (params.means != nullptr && threadIdx.x < kMeanCols) {
+    params.means[int64_t{task} * params.head_dim + d] = mean;
+  }
+  if (!params.is_centred) return;
+  for (int32_t batch = first; batch < end; batch += kBatch * kStep) {
+    float x[kBatch];
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      const int32_t j = batch + n * kStep;
+      if (j < end) x[n] = sums[j * params.ld];
+    }
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      const int32_t j = batch + n * kStep;
+      if (j >= end) break;
+      const float inverse_rows = 1.0f / static_cast<float>(params.axis.block(j).rows);
+      sums[j * params.ld] = x[n] * inverse_rows - mean;
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) mean_kernel(const MeanParams params) {
+  begin_kernel();
+  find_mean(params, static_cast<int32_t>(blockIdx.x));
+}
+
 // Blocks -----------------------------------------------------------------------------------------
+
+struct PoolParams {
+  PoolJob jobs[2];
+  int32_t num_blocks_first = 0;  // thread blocks of the first job
+  int32_t head_dim = 0;
+  int64_t ld = 0;
+  float least = 0.0f;
+  // What find_mean() does beside, of what the kernel before has pooled: thread blocks
+  // [first_mean, past_mean). Then that kernel is one of these, and rows are read while it ends.
+  MeanParams mean;
+  int32_t first_mean = 0, past_mean = 0;
+};
 
 /// One block of rows. kIsSimilarity: unit rows instead of rows, and what comes out is is_alike:
 /// with unit rows the mean cosine of all pairs is |sum of rows|^2 / n^2.
 template <class T, int kHeadDim, bool kIsSimilarity>
 __global__ void __launch_bounds__(kThreads) pool_kernel(const PoolParams params) {
-  begin_kernel();
   constexpr int kLanes = kHeadDim / kVector;  // that hold a row
   constexpr int kStep = kThreads / kLanes;    // rows that the thread block loads at a time
   __shared__ float partial[kWarps][kHeadDim];
   __shared__ float warp_squares[kWarps];
 
   int32_t idx = static_cast<int32_t>(blockIdx.x);
+  const bool is_early = params.first_mean < params.past_mean;
+  if (!is_early) await_last_kernel();
+  admit_next_kernel();
+  if constexpr (!kIsSimilarity) {
+    if (idx >= params.first_mean && idx < params.past_mean) {
+      await_last_kernel();
+      find_mean(params.mean, idx - params.first_mean);
+      return;
+    }
+    if (idx >= params.past_mean) idx -= params.past_mean - params.first_mean;
+  }
   const bool is_first = idx < params.num_blocks_first;
   if (!is_first) idx -= params.num_blocks_first;
   const PoolJob& job = params.jobs[is_first ? 0 : 1];
@@ -150,7 +250,7 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(const PoolParams params)
       for (int n = 0; n < kBatch; ++n) {
         vectors[n] = make_uint4(0u, 0u, 0u, 0u);
         if (has_column && begin + n * kStep < block.rows) {
-          vectors[n] = __ldg(reinterpret_cast<const uint4*>(head + offsets[n] + col));
+          vectors[n] = load_once(head + offsets[n] + col);
         }
       }
 #pragma unroll
@@ -185,6 +285,7 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(const PoolParams params)
   }
   __syncthreads();
 
+  if (is_early) await_last_kernel();  // so that whoever waits for this kernel waits for that one
   const float inverse_rows = 1.0f / static_cast<float>(block.rows);
   const auto total = [&](int d) {
     return (partial[0][d] + partial[1][d]) + (partial[2][d] + partial[3][d]);
@@ -212,94 +313,23 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(const PoolParams params)
 }
 static_assert(kWarps == 4, "the sums above name four warps");
 
-// Sequences --------------------------------------------------------------------------------------
-
-constexpr int kMeanWarps = 32;
-
-struct MeanParams {
-  Axis axis;
-  int32_t head_dim = 0;
-  float* sums = nullptr;  // (pairs, T, ld)
-  int64_t ld = 0;
-  float* means = nullptr;  // out (pairs, sequences, D)
-  bool is_centred = false;
-};
-
-/// The first block whose sequence is not below `sequence`.
-__device__ __forceinline__ int32_t first_block_of(const Axis& axis, int32_t sequence) {
-  if (axis.table == nullptr) return sequence <= 0 ? 0 : axis.num_blocks;
-  int32_t begin = 0, end = axis.num_blocks;
-  while (begin < end) {
-    const int32_t middle = begin + (end - begin) / 2;
-    if (axis.table[middle].sequence < sequence) {
-      begin = middle + 1;
-    } else {
-      end = middle;
-    }
-  }
-  return begin;
-}
-
-/// 32 columns of one sequence: a lane for each column, a warp for every 32nd block.
-__global__ void __launch_bounds__(kMeanWarps* kWarpSize) mean_kernel(const MeanParams params) {
-  begin_kernel();
-  __shared__ float partial[kMeanWarps][kWarpSize];
-  const int32_t num_slices = (params.head_dim + kWarpSize - 1) / kWarpSize;
-  const int32_t slice = static_cast<int32_t>(blockIdx.x) % num_slices;
-  const int32_t task = static_cast<int32_t>(blockIdx.x) / num_slices;
-  const int32_t sequence = task % params.axis.num_sequences;
-  const int32_t pair = task / params.axis.num_sequences;
-  const int32_t d = slice * kWarpSize + lane_index();
-  const bool has_column = d < params.head_dim;
-  const int32_t begin = first_block_of(params.axis, sequence);
-  const int32_t end = first_block_of(params.axis, sequence + 1);
-  float* const sums = params.sums + int64_t{pair} * params.axis.num_blocks * params.ld + d;
-
-  float sum = 0.0f;
-  if (has_column) {
-#pragma unroll 16
-    for (int32_t j = begin + warp_index(); j < end; j += kMeanWarps) sum += sums[j * params.ld];
-  }
-  partial[warp_index()][lane_index()] = sum;
-  __syncthreads();
-  float mean = 0.0f;
-#pragma unroll
-  for (int warp = 0; warp < kMeanWarps; ++warp) mean += partial[warp][lane_index()];
-  mean = begin < end ? mean / static_cast<float>(params.axis.block(begin).sequence_rows) : 0.0f;
-
-  if (!has_column) return;
-  if (params.means != nullptr && warp_index() == 0) {
-    params.means[int64_t{task} * params.head_dim + d] = mean;
-  }
-  if (!params.is_centred) return;
-  for (int32_t first = begin + warp_index(); first < end; first += kBatch * kMeanWarps) {
-    float x[kBatch];
-#pragma unroll
-    for (int n = 0; n < kBatch; ++n) {
-      const int32_t j = first + n * kMeanWarps;
-      if (j < end) x[n] = sums[j * params.ld];
-    }
-#pragma unroll
-    for (int n = 0; n < kBatch; ++n) {
-      const int32_t j = first + n * kMeanWarps;
-      if (j >= end) break;
-      const float inverse_rows = 1.0f / static_cast<float>(params.axis.block(j).rows);
-      sums[j * params.ld] = x[n] * inverse_rows - mean;
-    }
-  }
-}
-
 // Launches ---------------------------------------------------------------------------------------
 
 int64_t blocks_of(const Frame& frame, const PoolJob& job) {
   return int64_t{frame.batch} * job.num_heads * job.axis.num_blocks;
 }
 
+int64_t slices_of(const Frame& frame, const Axis& axis, int num_heads) {
+  const int64_t num_slices = (frame.head_dim + kMeanCols - 1) / kMeanCols;
+  return int64_t{frame.batch} * num_heads * axis.num_sequences * num_slices;
+}
+
 template <class T, bool kIsSimilarity>
 void launch_pool(const Frame& frame, const PoolParams& params, void* stream) {
-  const LaunchShape shape{
-      .blocks = blocks_of(frame, params.jobs[0]) + blocks_of(frame, params.jobs[1]),
-      .threads = kThreads};
+  const LaunchShape shape{.blocks = blocks_of(frame, params.jobs[0]) +
+                                    blocks_of(frame, params.jobs[1]) + params.past_mean -
+                                    params.first_mean,
+                          .threads = kThreads};
   if (frame.head_dim <= 64) {
     launch(pool_kernel<T, 64, kIsSimilarity>, shape, stream, params);
   } else if (frame.head_dim <= 128) {
@@ -310,13 +340,9 @@ void launch_pool(const Frame& frame, const PoolParams& params, void* stream) {
 }
 
 template <bool kIsSimilarity>
-void launch_pool(const Frame& frame, DType dtype, const PoolJob& first, const PoolJob& second,
-                 int64_t ld, float least, void* stream) {
-  const PoolParams params{.jobs = {first, second},
-                          .num_blocks_first = static_cast<int32_t>(blocks_of(frame, first)),
-                          .head_dim = frame.head_dim,
-                          .ld = ld,
-                          .least = least};
+void launch_pool(const Frame& frame, DType dtype, PoolParams params, void* stream) {
+  params.num_blocks_first = static_cast<int32_t>(blocks_of(frame, params.jobs[0]));
+  params.head_dim = frame.head_dim;
   if (dtype == DType::kF16) {
     launch_pool<fp16, kIsSimilarity>(frame, params, stream);
   } else {
@@ -324,36 +350,36 @@ void launch_pool(const Frame& frame, DType dtype, const PoolJob& first, const Po
   }
 }
 
-void launch_mean(const Frame& frame, int num_heads, const MeanParams& params, void* stream) {
-  const int64_t num_slices = (frame.head_dim + kWarpSize - 1) / kWarpSize;
-  launch(mean_kernel,
-         {.blocks = int64_t{frame.batch} * num_heads * params.axis.num_sequences * num_slices,
-          .threads = kMeanWarps * kWarpSize},
-         stream, params);
-}
-
 }  // namespace
 
 void pool(const Frame& frame, DType dtype, const PoolJob& first, const PoolJob& second, int64_t ld,
           void* stream) {
-  launch_pool</*kIsSimilarity=*/false>(frame, dtype, first, second, ld, 0.0f, stream);
+  const PoolParams params{.jobs = {first, second}, .ld = ld};
+  launch_pool</*kIsSimilarity=*/false>(frame, dtype, params, stream);
+}
+
+void pool_centred(const Frame& frame, DType dtype, const PoolJob& first, const PoolJob& second,
+                  int64_t ld, float* means, void* stream) {
+  pool(frame, dtype, first, {}, ld, stream);
+  // In the middle of the second job: what they wait for has ended by then, and they are not last.
+  PoolParams params{.jobs = {second, {}},
+                    .ld = ld,
+                    .mean = {.axis = first.axis,
+                             .head_dim = frame.head_dim,
+                             .sums = first.pooled,
+                             .ld = ld,
+                             .means = means,
+                             .is_centred = true},
+                    .first_mean = static_cast<int32_t>(blocks_of(frame, second) / 2)};
+  params.past_mean =
+      params.first_mean + static_cast<int32_t>(slices_of(frame, first.axis, first.num_heads));
+  launch_pool</*kIsSimilarity=*/false>(frame, dtype, params, stream);
 }
 
 void find_alike(const Frame& frame, DType dtype, const PoolJob& first, const PoolJob& second,
                 float least, void* stream) {
-  launch_pool</*kIsSimilarity=*/true>(frame, dtype, first, second, 0, least, stream);
-}
-
-void centre(const Frame& frame, const Axis& axis, int num_heads, float* sums, int64_t ld,
-            float* means, void* stream) {
-  launch_mean(frame, num_heads,
-              {.axis = axis,
-               .head_dim = frame.head_dim,
-               .sums = sums,
-               .ld = ld,
-               .means = means,
-               .is_centred = true},
-              stream);
+  const PoolParams params{.jobs = {first, second}, .least = least};
+  launch_pool</*kIsSimilarity=*/true>(frame, dtype, params, stream);
 }
 
 void block_sums(const Frame& frame, const Axis& axis, DType dtype, const Rows& rows, int num_heads,
@@ -364,13 +390,12 @@ void block_sums(const Frame& frame, const Axis& axis, DType dtype, const Rows& r
 
 void sequence_means(const Frame& frame, const Axis& axis, int num_heads, const float* sums,
                     float* means, void* stream) {
-  launch_mean(frame, num_heads,
-              {.axis = axis,
-               .head_dim = frame.head_dim,
-               .sums = const_cast<float*>(sums),
-               .ld = frame.head_dim,
-               .means = means},
-              stream);
+  launch(mean_kernel, {.blocks = slices_of(frame, axis, num_heads), .threads = kThreads}, stream,
+         MeanParams{.axis = axis,
+                    .head_dim = frame.head_dim,
+                    .sums = const_cast<float*>(sums),
+                    .ld = frame.head_dim,
+                    .means = means});
 }
 
 }  // namespace sparline::cuda

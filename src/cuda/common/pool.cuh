@@ -26,9 +26,9 @@ void pool(const Frame& frame, DType dtype, const PoolJob& first, const PoolJob& 
 void find_alike(const Frame& frame, DType dtype, const PoolJob& first, const PoolJob& second,
                 float least, void* stream);
 
-/// Sums of blocks (B, heads, T, ld) become means less the mean row of their sequence, in place.
-/// means: out (B, heads, sequences, D), or null.
-void centre(const Frame& frame, const Axis& axis, int num_heads, float* sums, int64_t ld,
-            float* means, void* stream);
+/// The same in two launches, the first job's sums becoming means less the mean row of their
+/// sequence. Both jobs have blocks. means: out (B, heads, sequences, D) of the first, or null.
+void pool_centred(const Frame& frame, DType dtype, const PoolJob& first, const PoolJob& second,
+                  int64_t ld, float* means, void* stream);
 
 }  // namespace sparline::cuda

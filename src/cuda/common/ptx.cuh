@@ -20,14 +20,32 @@ namespace sparline::cuda {
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
 
-/// The first statement of every kernel. Kernels are launched while the one before them on the
-/// stream is finishing (launch.cuh): this waits until it has, and all that it wrote can be read,
-/// and lets the next one come.
-__device__ __forceinline__ void begin_kernel() {
+/// Kernels are launched while the one before them on the stream is finishing (launch.cuh): this
+/// waits until it has, and all that it wrote can be read.
+__device__ __forceinline__ void await_last_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+/// Lets the next kernel come, once all blocks have said so.
+__device__ __forceinline__ void admit_next_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+/// The first statement of nearly every kernel.
+__device__ __forceinline__ void begin_kernel() {
+  await_last_kernel();
+  admit_next_kernel();
+}
+
+/// 16 bytes, aligned, that nothing writes while the kernel runs and no thread near reads again.
+__device__ __forceinline__ uint4 load_once(const void* global) {
+  uint4 x;
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+      : "l"(global));
+  return x;
 }
 
 /// A place in shared memory, as PTX names it: half the registers of a pointer.

@@ -264,6 +264,7 @@ void route(const RouteParams& params, std::byte* workspace, void* stream) {
   const RouteRule& rule = params.rule;
   const bool has_projections = params.proj_q != nullptr;
   const RouteSpace space(frame, rule, has_projections, workspace);
+  if (frame.queries.num_blocks == 0 || frame.keys.num_blocks == 0) return;  // nothing to write
   const bool checks_similarity = space.is_alike_q != nullptr;
   const PoolJob queries{.axis = frame.queries,
                         .rows = params.q,
@@ -278,9 +279,10 @@ void route(const RouteParams& params, std::byte* workspace, void* stream) {
                      .pooled = space.pooled_k,
                      .means = rule.smooth_k ? space.means : nullptr,
                      .is_alike = space.is_alike_k};
-  pool(frame, params.dtype, queries, keys, space.ld, stream);
   if (rule.smooth_k) {
-    centre(frame, frame.keys, frame.num_kv_heads, space.pooled_k, space.ld, space.means, stream);
+    pool_centred(frame, params.dtype, keys, queries, space.ld, space.means, stream);
+  } else {
+    pool(frame, params.dtype, queries, keys, space.ld, stream);
   }
   if (checks_similarity) {
     find_alike(frame, params.dtype, queries, keys, static_cast<float>(rule.min_similarity), stream);

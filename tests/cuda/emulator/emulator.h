@@ -446,7 +446,11 @@ void launch(void (*kernel)(Params...), const LaunchShape& shape, void* /*stream*
 }
 
 /// Kernels run one after another here.
+__forceinline__ void await_last_kernel() {}
+__forceinline__ void admit_next_kernel() {}
 __forceinline__ void begin_kernel() {}
+
+__forceinline__ uint4 load_once(const void* global) { return *static_cast<const uint4*>(global); }
 
 using SharedAddress = uintptr_t;
 __forceinline__ SharedAddress shared_address(const void* shared) {
