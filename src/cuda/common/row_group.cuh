@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The warps that work on one row of a block map together: a lane holds kRowItems entries of the row
-// in registers, a warp a run of kWarpItems entries.
+// in registers (or more, where one warp takes a long row), a warp a run of kWarpItems entries.
 #pragma once
 
 #include "cuda/common/tile.cuh"
@@ -52,6 +52,9 @@ class RowGroup {
       return make_uint2(__reduce_add_sync(kAllLanes, x.x), __reduce_add_sync(kAllLanes, x.y));
     });
   }
+  __device__ __forceinline__ uint32_t sum(uint32_t x) {
+    return all(x, 0u, [](uint32_t y) { return __reduce_add_sync(kAllLanes, y); });
+  }
   /// Of numbers below 2^44.
   __device__ __forceinline__ uint64_t sum(uint64_t x) {
     constexpr int kLowBits = 22;  // of 1024 threads they sum to less than 2^32
@@ -68,12 +71,12 @@ class RowGroup {
   int turn_ = 0;
 };
 
-/// Entries [begin, end) of a row, as the lanes of a group walk them.
-template <bool kIsOneWarp, bool kIsHeld>
+/// Entries [begin, end) of a row, as the lanes of a group walk them; a lane holds kItems of them.
+template <bool kIsOneWarp, bool kIsHeld, int kItems = kRowItems>
 class RowWalk {
  public:
   __device__ RowWalk(const RowGroup<kIsOneWarp>& group, int32_t begin, int32_t end) : end_(end) {
-    int32_t run = kWarpItems;
+    int32_t run = kItems * kWarpSize;
     if constexpr (!kIsHeld) {
       const int32_t lines = (end - begin + kWarpSize - 1) / kWarpSize;
       run = (lines + group.num_warps() - 1) / group.num_warps() * kWarpSize;
@@ -82,13 +85,13 @@ class RowWalk {
     past_ = first_ + run;
   }
 
-  /// body(j, n) for this lane's entries; n < kRowItems counts them where the row is held in
+  /// body(j, n) for this lane's entries; n < kItems counts them where the row is held in
   /// registers. There j may be at or past the end, so that registers are always set.
   template <class Body>
   __device__ __forceinline__ void for_each(const Body& body) const {
     if constexpr (kIsHeld) {
 #pragma unroll
-      for (int n = 0; n < kRowItems; ++n) body(first_ + n * kWarpSize, n);
+      for (int n = 0; n < kItems; ++n) body(first_ + n * kWarpSize, n);
     } else {
       const int32_t past = past_ < end_ ? past_ : end_;
 #pragma unroll 4

@@ -14,9 +14,9 @@ constexpr uint32_t kNoKey = 0xffffffffu;   // of what is not ranked
 
 /// Larger scores have smaller keys; -0 is 0, NaN comes last.
 __device__ __forceinline__ uint32_t rank_key(float score) {
-  if (score != score) return kNaNKey;
-  const uint32_t bits = __float_as_uint(score == 0.0f ? 0.0f : score);
-  return bits >> 31 != 0 ? bits : ~bits & 0x7fffffffu;
+  const uint32_t bits = __float_as_uint(score + 0.0f);
+  const uint32_t key = bits >> 31 != 0 ? bits : bits ^ 0x7fffffffu;
+  return score == score ? key : kNaNKey;
 }
 /// NaN weighs like -inf.
 __device__ __forceinline__ float score_of(uint32_t key) {
@@ -38,15 +38,15 @@ struct Cut {
   int32_t last = 0x7fffffff;  // index of the last entry with that key
 
   __device__ __forceinline__ bool has(uint32_t other_key, int32_t j) const {
-    return other_key < key || (other_key == key && j <= last);
+    return (other_key < key) | ((other_key == key) & (j <= last));  // no branch
   }
 };
 
 /// The ranked entries of a row.
-template <bool kIsOneWarp, bool kIsHeld>
+template <bool kIsOneWarp, bool kIsHeld, int kItems = kRowItems>
 struct Ranking {
   using Group = RowGroup<kIsOneWarp>;
-  using Walk = RowWalk<kIsOneWarp, kIsHeld>;
+  using Walk = RowWalk<kIsOneWarp, kIsHeld, kItems>;
 
   /// `key_of(j)`: kNoKey for what is not ranked.
   template <class KeyOf>
@@ -56,17 +56,16 @@ struct Ranking {
     walk.for_each([&](int32_t j, int n) {
       const uint32_t key = j < end ? key_of(j) : kNoKey;
       if constexpr (kIsHeld) keys[n] = key;
-      if (key == kNoKey) return;
-      ++count;
+      count += key != kNoKey;
       least = min(least, key);
-      most = max(most, key);
+      most = max(most, key != kNoKey ? key : 0u);
     });
     const uint2 range = group.all(make_uint2(least, most), make_uint2(kNoKey, 0u), [](uint2 x) {
       return make_uint2(__reduce_min_sync(kAllLanes, x.x), __reduce_max_sync(kAllLanes, x.y));
     });
     least = range.x;
     most = range.y;
-    num = group.sums(count, 0).x;
+    num = group.sum(count);
   }
 
   /// body(key, j, n) for the entries of this lane; those that are not ranked have kNoKey.
@@ -84,9 +83,34 @@ struct Ranking {
   Group& group;
   const Walk walk;
   const int32_t begin, end;
-  uint32_t keys[kIsHeld ? kRowItems : 1];
+  uint32_t keys[kIsHeld ? kItems : 1];
   uint32_t num = 0;  // of ranked entries
   uint32_t least = kNoKey, most = 0;
+};
+
+/// The key that ends a prefix of `wanted` entries lies in [low, high]; at most `high`: `reached`.
+struct KeyRange {
+  uint32_t low, high, reached, wanted;
+
+  __device__ __forceinline__ bool is_open() const { return low < high; }
+
+  /// Halves scores twice, then keys once: scores of one magnitude take half as many steps as their
+  /// keys would, and scores of any take at most three times as many.
+  __device__ __forceinline__ uint32_t middle(int step) const {
+    const uint32_t key = step % 3 == 2 ? low + (high - low) / 2
+                                       : rank_key(fmaf(0.5f, score_of(low), 0.5f * score_of(high)));
+    return min(max(key, low), high - 1);
+  }
+  /// `count`: how many keys are at most `key`, a middle().
+  __device__ __forceinline__ void narrow(uint32_t key, uint32_t count) {
+    if (count < wanted) {
+      low = key + 1;
+    } else {
+      high = key;
+      reached = count;
+      if (count == wanted) low = high;
+    }
+  }
 };
 
 /// The ends of the prefixes of `wanted[0]` and of `wanted[1]` entries, both at least 1.
@@ -102,32 +126,31 @@ __device__ __forceinline__ void find_cuts(const Ranking& ranking, const KeyOf& k
     return ranking.group.sums(first, second);
   };
 
-  uint32_t low[2], high[2], reached[2];  // reached: how many keys are at most `high`
+  KeyRange ranges[2];
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
-    high[c] = ranking.most;
-    reached[c] = ranking.num;
-    low[c] = wanted[c] == ranking.num ? high[c] : ranking.least;
+    ranges[c] = {ranking.least, ranking.most, ranking.num, wanted[c]};
+    if (wanted[c] == ranking.num) ranges[c].low = ranking.most;
   }
-  while (low[0] < high[0] || low[1] < high[1]) {
-    const uint32_t middle[2] = {low[0] + (high[0] - low[0]) / 2, low[1] + (high[1] - low[1]) / 2};
-    const uint2 counts = count([&](uint32_t key, int32_t) { return key <= middle[0]; },
-                               [&](uint32_t key, int32_t) { return key <= middle[1]; });
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const uint32_t num = c == 0 ? counts.x : counts.y;
-      if (low[c] == high[c]) continue;
-      if (num < wanted[c]) {
-        low[c] = middle[c] + 1;
-      } else {
-        high[c] = middle[c];
-        reached[c] = num;
-        if (num == wanted[c]) low[c] = high[c];
-      }
+  for (int step = 0; ranges[0].is_open() || ranges[1].is_open(); ++step) {
+    const uint32_t middle[2] = {ranges[0].middle(step), ranges[1].middle(step)};
+    uint2 counts;
+    if (ranges[0].is_open() && ranges[1].is_open()) {
+      counts = count([&](uint32_t key, int32_t) { return key <= middle[0]; },
+                     [&](uint32_t key, int32_t) { return key <= middle[1]; });
+    } else {
+      const uint32_t only = ranges[0].is_open() ? middle[0] : middle[1];
+      uint32_t num = 0;
+      ranking.for_each(key_of, [&](uint32_t key, int32_t, int) { num += key <= only; });
+      counts.x = counts.y = ranking.group.sum(num);
     }
+    if (ranges[0].is_open()) ranges[0].narrow(middle[0], counts.x);
+    if (ranges[1].is_open()) ranges[1].narrow(middle[1], counts.y);
   }
-  cuts[0] = {.key = high[0]};
-  cuts[1] = {.key = high[1]};
+  cuts[0] = {.key = ranges[0].high};
+  cuts[1] = {.key = ranges[1].high};
+  const uint32_t high[2] = {ranges[0].high, ranges[1].high};
+  const uint32_t reached[2] = {ranges[0].reached, ranges[1].reached};
   if (reached[0] == wanted[0] && reached[1] == wanted[1]) return;
 
   // Some of the entries with an equal key are in, those with the lowest indices.
@@ -166,7 +189,7 @@ template <bool kIsHeld, class Ranking, class KeyOf>
 __device__ __forceinline__ uint32_t count_of_mass(const Ranking& ranking, const KeyOf& key_of,
                                                   double mass, bool is_longest, float scale) {
   const float best = score_of(ranking.least);
-  uint32_t weights[kIsHeld ? kRowItems : 1] = {};
+  uint32_t weights[sizeof(ranking.keys) / sizeof(uint32_t)] = {};
   const auto weight_of = [&](uint32_t key, int n) {
     if constexpr (kIsHeld) {
       return weights[n];
@@ -206,7 +229,7 @@ __device__ __forceinline__ uint32_t count_of_mass(const Ranking& ranking, const 
   const uint64_t below = mass_of([&](uint32_t key) { return key < high; });
   uint32_t count = 0;
   ranking.for_each(key_of, [&](uint32_t key, int32_t, int) { count += key < high; });
-  count = ranking.group.sums(count, 0).x;
+  count = ranking.group.sum(count);
   const uint32_t weight = softmax_weight(high, best, scale);
   const uint64_t missing = needed > below ? needed - below : 0;
   uint64_t reached = count + (weight == 0 ? 1 : (missing + weight - 1) / weight);
