@@ -15,7 +15,10 @@ std::string why_no_device() { return "emulated"; }
 
 int device_arch(int) { return 0; }
 
-CurrentDevice current_device() { return {emulator::arch(), emulator::num_multiprocessors()}; }
+CurrentDevice current_device() {
+  const int64_t shared_kib = emulator::arch() >= 90 ? 227 : 163;
+  return {emulator::arch(), emulator::num_multiprocessors(), shared_kib * 1024};
+}
 
 void clear(void* data, int64_t bytes, void*) { std::memset(data, 0, static_cast<size_t>(bytes)); }
 
@@ -99,11 +102,13 @@ int device_arch(int device_index) {
 }
 
 CurrentDevice current_device() {
-  int device = 0, num_multiprocessors = 0;
+  int device = 0, num_multiprocessors = 0, shared_bytes = 0;
   check(cudaGetDevice(&device), "asking for the current device");
   check(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device),
         "asking a device for its multiprocessors");
-  return {device_arch(device), num_multiprocessors};
+  check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "asking a device for its shared memory");
+  return {device_arch(device), num_multiprocessors, shared_bytes};
 }
 
 void clear(void* data, int64_t bytes, void* stream) {

@@ -27,6 +27,7 @@ int device_arch(int device_index);
 /// The device that launches go to.
 struct CurrentDevice {
   int arch, num_multiprocessors;
+  int64_t shared_bytes;  // that a thread block may have, at most
 };
 CurrentDevice current_device();
 

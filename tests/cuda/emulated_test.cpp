@@ -939,6 +939,50 @@ TEST(Route, TiesAreTies) {
   for (uint64_t seed = 0; seed < num_cases(40); ++seed) expect_the_classes_of_the_cpu(seed, true);
 }
 
+/// Rows that one warp holds, that shared memory does, that neither does; whole tiles of query
+/// blocks and not; scores without rounding, so that ties are ties, with the mean key, of packed
+/// sequences.
+TEST(Route, LongRows) {
+  for (const int arch : {80, 90}) {
+    for (const int64_t num_key_blocks : {1, 65, 511, 513, 1190, 1300, 1900, 2100}) {
+      for (const int variant : {0, 1, 2}) {
+        cuda::emulator::set_device(arch, /*num_multiprocessors=*/num_key_blocks % 2 ? 3 : 132);
+        Case c = plain_case();
+        Problem& p = c.problem;
+        p.num_heads = variant == 1 ? 2 : 1;
+        p.head_dim = num_key_blocks == 511 ? 128 : 32;
+        p.block_q = p.block_k = 16;
+        p.num_queries = 16 * (variant == 2 ? 24 : 51);
+        p.num_keys = 16 * num_key_blocks;
+        c.rule.smooth_k = variant == 1;
+        c.rule.critical_count = variant == 1 ? 0 : 5;
+        c.rule.min_similarity = variant == 2 ? 0.05 : -1.0;
+        if (variant == 2) {
+          p.query_segments = {{0, 7 * 16, 0, false}, {7 * 16, p.num_queries, 1, false}};
+          p.key_segments = {{0, p.num_keys / 3, 0, false},
+                            {p.num_keys / 3, p.num_keys / 2, 1, true},
+                            {p.num_keys / 2, p.num_keys, 1, false}};
+        }
+        Inputs in = random_inputs(c);
+        if (variant == 0) {
+          for (Array* array : {&in.q, &in.k}) {
+            for (double& value : array->data) value = std::clamp(std::round(value), -2.0, 2.0);
+          }
+        }
+        const auto got = route_classes(c, in, {}, {});
+        c.device = Device::kCPU;
+        const auto want = route_classes(c, in, {}, {});
+        size_t num_wrong = 0;
+        for (size_t n = 0; n < want.size(); ++n) num_wrong += got[n] != want[n];
+        // Where scores are rounded, two that float32 cannot tell apart may change places.
+        EXPECT_LE(num_wrong, variant == 0 ? 0u : want.size() / 20000 * 2)
+            << num_key_blocks << " key blocks, variant " << variant << ", arch " << arch;
+      }
+    }
+  }
+  cuda::emulator::set_device(80);
+}
+
 // SoftTop-k, against the CPU backend -------------------------------------------------------------
 
 Array run_soft_top_k(Device device, const Array& scores, std::vector<float> kappa,

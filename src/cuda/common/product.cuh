@@ -28,17 +28,25 @@ struct Product {
   Axis rows;  // with a table, tiles without two blocks of one sequence are left out
 };
 
-/// Tile `tile` of 64 rows, counted over all z.
+/// Tile `tile` of `tile_rows` rows, counted over all z.
 struct RowTile {
   int64_t z = 0;
   int32_t first = 0;
 
-  SPARLINE_HOST_DEVICE RowTile(int64_t tile, int32_t num_rows) {
-    const int32_t tiles = (num_rows + kTileRows - 1) / kTileRows;
+  SPARLINE_HOST_DEVICE RowTile(int64_t tile, int32_t num_rows, int32_t tile_rows = kTileRows) {
+    const int32_t tiles = (num_rows + tile_rows - 1) / tile_rows;
     z = tile / tiles;
-    first = static_cast<int32_t>(tile % tiles) * kTileRows;
+    first = static_cast<int32_t>(tile % tiles) * tile_rows;
   }
   SPARLINE_HOST_DEVICE int64_t row(int32_t num_rows) const { return z * num_rows + first; }
+};
+
+/// A lane's part in a product whose lanes are spread over 4 rows and 8 columns. Lanes next to each
+/// other share a column and half a warp has two rows, so that 16 bytes a lane take two reads of
+/// shared memory and not four.
+struct ProductLane {
+  int row = lane_index() / 16 * 2 + lane_index() % 2;
+  int col = lane_index() / 2 % 8;
 };
 
 static __global__ void __launch_bounds__(kProductThreads, 3) product_kernel(const Product p) {
@@ -89,8 +97,9 @@ static __global__ void __launch_bounds__(kProductThreads, 3) product_kernel(cons
   }
 
   // A thread's rows are 4 apart, its columns 8 apart.
-  const int row = warp_index() / 2 * 32 + lane_index() / 8;
-  const int col = warp_index() % 2 * 64 + lane_index() % 8;
+  const ProductLane lane;
+  const int row = warp_index() / 2 * 32 + lane.row;
+  const int col = warp_index() % 2 * 64 + lane.col;
   float sum[8][8] = {};
   for (int slice = 0; slice < num_slices; ++slice) {
     cp_async_wait<kStages - 2>();

@@ -5,14 +5,14 @@
 //   fold        with projections u becomes u Wq^T Wk, so that w serves all query heads of a group
 //   scores      Zc = u w^T, unscaled: softmax_scale changes no order, but its rounding breaks ties
 //   select      the best key blocks of each query block become 1, the worst -1, the rest 0
-// Scores go through the workspace, as many rows at a time as kScoreBytes hold.
+// Scores stay in shared memory where they fit (route_tile.cuh); else they go through the workspace,
+// as many rows at a time as kScoreBytes hold.
 #include <algorithm>
 
 #include "core/workspace.h"
 #include "cuda/common/pool.cuh"
 #include "cuda/common/product.cuh"
-#include "cuda/common/select.cuh"
-#include "cuda/kernels.h"
+#include "cuda/common/route_tile.cuh"
 
 namespace sparline::cuda {
 namespace {
@@ -64,27 +64,11 @@ __global__ void __launch_bounds__(kFoldThreads)
 // Classes ----------------------------------------------------------------------------------------
 
 struct SelectParams {
-  Frame frame;
-  RouteRule rule;
-  float scale = 1.0f;
+  ClassifyParams classify;
   const float* scores = nullptr;  // (rows of the call, ld)
   int64_t ld = 0;
   int64_t first_row = 0, num_rows = 0;  // of (B, H, T_m)
-  const uint8_t* is_alike_q = nullptr;  // (B, H, T_m); null: all are
-  const uint8_t* is_alike_k = nullptr;  // (B, H_kv, T_n)
-  PairMap block_class;
 };
-
-/// How many of `num_blocks` a ratio stands for, as on the CPU: the product is taken in double.
-__device__ __forceinline__ int64_t rounded_count(double ratio, int32_t num_blocks,
-                                                 CountRounding rounding) {
-  const double count = ratio * static_cast<double>(num_blocks);
-  const auto whole = static_cast<int64_t>(count);
-  const double rest = count - static_cast<double>(whole);
-  if (rounding == CountRounding::kRound) return rest >= 0.5 ? whole + 1 : whole;
-  if (rounding == CountRounding::kCeil) return rest > 0.0 ? whole + 1 : whole;
-  return whole;
-}
 
 /// One query block for each group of warps.
 template <bool kIsOneWarp, bool kIsHeld>
@@ -93,83 +77,15 @@ __global__ void __launch_bounds__(kMaxThreads<kIsOneWarp>) select_kernel(const S
   __shared__ uint2 exchange[2 * kMaxRowWarps];
   const int64_t row_idx = row_index<kIsOneWarp>();
   if (row_idx >= p.num_rows) return;
-  const Axis& queries = p.frame.queries;
-  const Axis& keys = p.frame.keys;
-  const int64_t row = p.first_row + row_idx;
-  const auto i = static_cast<int32_t>(row % queries.num_blocks);
-  const int64_t pair = row / queries.num_blocks;
-  const int64_t b = pair / p.frame.num_heads, h = pair % p.frame.num_heads;
-  const int64_t kv_pair = b * p.frame.num_kv_heads + h / p.frame.group();
-  const BlockInfo query = queries.block(i);
-  int8_t* const out = static_cast<int8_t*>(const_cast<void*>(p.block_class.data)) +
-                      p.block_class.offset(b, h, i, 0);
-  const int64_t stride = p.block_class.stride_j;
   RowGroup<kIsOneWarp> group(exchange);
-
-  // Blocks of other sequences.
-  const int lane = group.warp() * kWarpSize + lane_index();
-  const int num_lanes = group.num_warps() * kWarpSize;
-  for (int32_t j = lane; j < query.other_begin; j += num_lanes) out[j * stride] = -1;
-  for (int32_t j = query.other_end + lane; j < keys.num_blocks; j += num_lanes) {
-    out[j * stride] = -1;
-  }
-  if (query.is_protected || (p.is_alike_q != nullptr && !p.is_alike_q[row])) {
-    for (int32_t j = query.other_begin + lane; j < query.other_end; j += num_lanes) {
-      out[j * stride] = 1;
-    }
-    return;
-  }
-
+  const Frame& frame = p.classify.frame;
+  const int64_t row = p.first_row + row_idx, pair = row / frame.queries.num_blocks;
+  const int64_t b = pair / frame.num_heads, h = pair % frame.num_heads;
+  const RankedBlocks ranked(p.classify, b * frame.num_kv_heads + h / frame.group());
   const float* const scores = p.scores + row_idx * p.ld;
-  const uint8_t* const is_alike =
-      p.is_alike_k == nullptr ? nullptr : p.is_alike_k + kv_pair * keys.num_blocks;
-  const auto key_of = [&](int32_t j) {
-    const bool is_protected = keys.table != nullptr && keys.table[j].is_protected;
-    const bool is_ranked = !is_protected && (is_alike == nullptr || is_alike[j]);
-    return is_ranked ? rank_key(scores[j]) : kNoKey;
-  };
-  using RowRanking = Ranking<kIsOneWarp, kIsHeld>;
-  const RowRanking ranking(group, query.other_begin, query.other_end, key_of);
-
-  Cut cuts[2];  // where the critical blocks end, and the marginal ones
-  if (ranking.num > 0) {
-    auto num_free = static_cast<uint32_t>(query.other_end - query.other_begin);
-    if (keys.table != nullptr) {
-      num_free = 0;
-      for (int32_t j = query.other_begin + lane; j < query.other_end; j += num_lanes) {
-        num_free += keys.table[j].is_protected ? 0 : 1;
-      }
-      num_free = group.sums(num_free, 0).x;
-    }
-    const RouteRule& rule = p.rule;
-    const int64_t num = ranking.num;
-    int64_t num_critical =
-        rule.critical_count > 0
-            ? rule.critical_count
-            : rounded_count(rule.critical_ratio, static_cast<int32_t>(num_free), rule.rounding);
-    num_critical = min(max(num_critical, int64_t{1}), num);
-    if (rule.selection != Selection::kTopK) {
-      int64_t num_of_mass = num;  // and not what float32 leaves of the tail
-      if (rule.critical_mass < 1.0) {
-        num_of_mass = count_of_mass<kIsHeld>(ranking, key_of, rule.critical_mass,
-                                             rule.is_longest_prefix, p.scale);
-      }
-      if (rule.selection == Selection::kTopP) num_critical = num_of_mass;
-      if (rule.selection == Selection::kUnion) num_critical = max(num_critical, num_of_mass);
-      if (rule.selection == Selection::kIntersection) num_critical = min(num_critical, num_of_mass);
-    }
-    const int64_t num_negligible =
-        min(num - num_critical,
-            rounded_count(rule.negligible_ratio, static_cast<int32_t>(num_free), rule.rounding));
-    const uint32_t wanted[2] = {static_cast<uint32_t>(num_critical),
-                                static_cast<uint32_t>(num - num_negligible)};
-    find_cuts(ranking, key_of, wanted, cuts);
-  }
-  ranking.for_each(key_of, [&](uint32_t key, int32_t j, int) {
-    if (j >= query.other_end) return;
-    const bool is_critical = key == kNoKey || cuts[0].has(key, j);
-    out[j * stride] = is_critical ? 1 : cuts[1].has(key, j) ? 0 : -1;
-  });
+  classify</*kHasMass=*/true, kIsHeld, kRowItems>(
+      p.classify, group, b, h, static_cast<int32_t>(row % frame.queries.num_blocks),
+      [&](int32_t j) { return ranked.has(j) ? rank_key(scores[j]) : kNoKey; });
 }
 
 // Launches ---------------------------------------------------------------------------------------
@@ -223,7 +139,7 @@ struct RouteSpace {
 };
 
 void launch_select(const SelectParams& params, void* stream) {
-  const RowShape shape(params.num_rows, params.frame.keys.num_blocks);
+  const RowShape shape(params.num_rows, params.classify.frame.keys.num_blocks);
   const auto kernel = shape.is_one_warp ? select_kernel<true, true>
                       : shape.is_held   ? select_kernel<false, true>
                                         : select_kernel<false, false>;
@@ -301,14 +217,14 @@ void route(const RouteParams& params, std::byte* workspace, void* stream) {
       .b_group = frame.group(),
       .rows = frame.queries,
   };
-  SelectParams select{.frame = frame,
-                      .rule = rule,
-                      .scale = params.scale,
-                      .scores = space.scores,
-                      .ld = space.ld_scores,
-                      .is_alike_q = space.is_alike_q,
-                      .is_alike_k = space.is_alike_k,
-                      .block_class = params.block_class};
+  const ClassifyParams classify{.frame = frame,
+                                .rule = rule,
+                                .scale = params.scale,
+                                .is_alike_q = space.is_alike_q,
+                                .is_alike_k = space.is_alike_k,
+                                .block_class = params.block_class};
+  if (launch_route_tiles(product, classify, stream)) return;
+  SelectParams select{.classify = classify, .scores = space.scores, .ld = space.ld_scores};
   for (int64_t tile = 0; tile < space.num_tiles; tile += space.tiles_per_wave) {
     const int64_t past = std::min(tile + space.tiles_per_wave, space.num_tiles);
     const int64_t first_row = RowTile(tile, product.num_rows).row(product.num_rows);

@@ -1,0 +1,222 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Scores and classes of a tile of query blocks in one kernel: scores, bit for bit those of
+// product.cuh, stay in shared memory, as the keys that they rank by.
+//   Tiles    16 or 24 query blocks of one head, against all its key blocks; eight warps, each with
+//            64 key blocks at a time, 4 x 8 or 6 x 8 a thread
+//   Shared   pooled queries (rows, D); three slices of 16 columns of every warp's pooled keys,
+//   which
+//            it alone loads and reads; keys of scores (rows, T_n)
+//   Classes  a warp for each row, which it holds in registers
+#pragma once
+
+#include "cuda/common/classify.cuh"
+#include "cuda/common/product.cuh"
+#include "cuda/device.h"
+
+namespace sparline::cuda {
+
+constexpr int kRouteWarps = 8, kRouteThreads = kRouteWarps * kWarpSize;
+constexpr int kWarpCols = 64;  // key blocks
+constexpr int kRouteStages = 3;
+constexpr int kRouteStageFloats = kWarpCols * kSlice;  // of one warp
+
+struct RouteTile {
+  Product product;
+  ClassifyParams classify;
+  int32_t ld_keys = 0;  // 8 more than a multiple of 32: four rows of eight lie in 32 banks
+};
+
+/// One warp's pooled keys in slices, on their way from memory: 64 rows of 16 floats, the four
+/// chunks of a row swizzled by row / 2, so that eight rows of one chunk lie in different banks.
+class KeySlices {
+ public:
+  /// `rows`: pooled keys from the warp's first ones on, of which there are `num_rows`.
+  __device__ KeySlices(const float* stages, const float* rows, int32_t num_rows, int32_t ld)
+      : source_(rows + lane_index() / 4 * ld + lane_index() % 4 * 4),
+        num_rows_(num_rows - lane_index() / 4),
+        ld_(ld) {
+    const int row = lane_index() / 4, chunk = lane_index() % 4 ^ row / 2 % 4;
+    stages_ = shared_address(stages + row * kSlice + chunk * 4);
+  }
+
+  /// Starts copying the next slice: slices of 64 rows in turn, then those of the warp's next rows.
+  /// Rows that there are not stay as they are: nothing reads what comes of them.
+  __device__ __forceinline__ void load() {
+    constexpr int kStep = kWarpSize / 4, kRowBytes = kSlice * static_cast<int>(sizeof(float));
+    const SharedAddress to = stages_ + static_cast<uint32_t>(stage_ * kWarpCols * kRowBytes);
+    const float* from = source_;
+#pragma unroll
+    for (int r = 0; r < kWarpCols; r += kStep) {
+      if (r < num_rows_) cp_async_16(to + static_cast<uint32_t>(r * kRowBytes), from);
+      from += kStep * ld_;
+    }
+    if (++stage_ == kRouteStages) stage_ = 0;
+    source_ += kSlice;
+    k_ += kSlice;
+    if (k_ < ld_) return;
+    k_ = 0;
+    source_ += (kRouteWarps * kWarpCols - 1) * ld_;
+    num_rows_ -= kRouteWarps * kWarpCols;
+  }
+
+ private:
+  SharedAddress stages_;
+  const float* source_;
+  int32_t num_rows_;
+  const int32_t ld_;
+  int32_t k_ = 0;
+  int stage_ = 0;
+};
+
+/// A thread has kRows rows and 8 columns; a lane holds kItems scores of a row.
+template <int kRows, int kItems>
+__global__ void __launch_bounds__(kRouteThreads, 1) route_tile_kernel(const RouteTile p) {
+  constexpr int kTile = 4 * kRows;
+  SPARLINE_DYNAMIC_SHARED(shared);
+  const Product& product = p.product;
+  const int ld = static_cast<int>(product.ld), ld_a = ld + 4;
+  float* const a_tile = reinterpret_cast<float*>(shared);  // (kTile, ld_a)
+  float* const stages = a_tile + kTile * ld_a + warp_index() * kRouteStages * kRouteStageFloats;
+  auto* const keys = reinterpret_cast<uint32_t*>(  // (kTile, ld_keys)
+      a_tile + kTile * ld_a + kRouteWarps * kRouteStages * kRouteStageFloats);
+
+  const RowTile tile(blockIdx.x, product.num_rows, kTile);
+  const int32_t num_rows = min(product.num_rows - tile.first, kTile);
+  const int64_t b = tile.z / product.num_heads, h = tile.z % product.num_heads;
+  const int64_t b_idx = b * product.b_per_batch + h / product.b_group;
+  begin_kernel();
+  int32_t first_col = 0, past_col = product.num_cols;
+  if (product.rows.table != nullptr) {
+    first_col = product.rows.table[tile.first].other_begin;
+    past_col = product.rows.table[tile.first + num_rows - 1].other_end;
+  }
+
+  const float* const a = product.a + tile.row(product.num_rows) * ld;
+  for (int r = warp_index(); r < num_rows; r += kRouteWarps) {
+    for (int k = lane_index() * 4; k < ld; k += 4 * kWarpSize) {
+      cp_async_16(shared_address(a_tile + r * ld_a + k), a + r * ld + k);
+    }
+  }
+  const int32_t warp_col = first_col + warp_index() * kWarpCols;
+  KeySlices slices(stages, product.b + (b_idx * product.num_cols + warp_col) * ld,
+                   past_col - warp_col, ld);
+  const int num_slices = ld / kSlice;
+  constexpr int kRound = kRouteWarps * kWarpCols;
+  const int num_loads =
+      warp_col < past_col ? (past_col - warp_col + kRound - 1) / kRound * num_slices : 0;
+#pragma unroll
+  for (int n = 0; n < kRouteStages - 1; ++n) {
+    if (n < num_loads) slices.load();
+    cp_async_commit();
+  }
+  cp_async_wait<kRouteStages - 2>();
+  __syncthreads();
+
+  // A thread's rows are 4 apart, its columns 8 apart.
+  const ProductLane lane;
+  const float* const a_row = a_tile + lane.row * ld_a;
+  const RankedBlocks ranked(p.classify, b_idx);
+  int32_t col = warp_col + lane.col;
+  float sum[kRows][8] = {};
+  int k = 0, stage = 0;
+  for (int n = 0; n < num_loads; ++n) {
+    cp_async_wait<kRouteStages - 2>();
+    __syncwarp();
+    if (n + kRouteStages - 1 < num_loads) slices.load();
+    cp_async_commit();
+    const float* const b_row = stages + stage * kRouteStageFloats + lane.col * kSlice;
+#pragma unroll
+    for (int chunk = 0; chunk < kSlice / 4; ++chunk) {
+      float4 x[kRows];
+#pragma unroll
+      for (int m = 0; m < kRows; ++m) {
+        x[m] = *reinterpret_cast<const float4*>(a_row + k + 4 * m * ld_a + chunk * 4);
+      }
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        const float4 y = *reinterpret_cast<const float4*>(b_row + 8 * c * kSlice +
+                                                          (chunk ^ lane.col / 2 % 4) * 4);
+#pragma unroll
+        for (int m = 0; m < kRows; ++m) {
+          sum[m][c] = fmaf(x[m].x, y.x, sum[m][c]);
+          sum[m][c] = fmaf(x[m].y, y.y, sum[m][c]);
+          sum[m][c] = fmaf(x[m].z, y.z, sum[m][c]);
+          sum[m][c] = fmaf(x[m].w, y.w, sum[m][c]);
+        }
+      }
+    }
+    if (++stage == kRouteStages) stage = 0;
+    k += kSlice;
+    if (k < ld) continue;
+    k = 0;
+    uint32_t* const to = keys + lane.row * p.ld_keys + (col - first_col);
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      if (col + 8 * c < past_col) {
+        const uint32_t mask = ranked.has(col + 8 * c) ? 0u : kNoKey;
+#pragma unroll
+        for (int m = 0; m < kRows; ++m) {
+          to[4 * m * p.ld_keys + 8 * c] = rank_key(sum[m][c]) | mask;
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < kRows; ++m) sum[m][c] = 0.0f;
+    }
+    col += kRound;
+  }
+  __syncthreads();
+
+  RowGroup</*kIsOneWarp=*/true> group(nullptr);
+#pragma unroll 1
+  for (int r = warp_index(); r < num_rows; r += kRouteWarps) {
+    const uint32_t* const row_keys = keys + r * p.ld_keys - first_col;
+    classify</*kHasMass=*/false, /*kIsHeld=*/true, kItems>(p.classify, group, b, h, tile.first + r,
+                                                           [&](int32_t j) { return row_keys[j]; });
+  }
+}
+
+// Launches ---------------------------------------------------------------------------------------
+
+inline int64_t route_tile_bytes(const RouteTile& tile, int rows) {
+  const int64_t floats = 4 * rows * (tile.product.ld + 4 + tile.ld_keys) +
+                         kRouteWarps * kRouteStages * kRouteStageFloats;
+  return floats * static_cast<int64_t>(sizeof(float));
+}
+
+/// All rows of the product at once; false, and nothing is launched, where the rule knows a mass or
+/// scores do not fit into shared memory.
+inline bool launch_route_tiles(const Product& product, const ClassifyParams& classify,
+                               void* stream) {
+  if (classify.rule.selection != Selection::kTopK) return false;
+  const RouteTile tile{.product = product,
+                       .classify = classify,
+                       .ld_keys = static_cast<int32_t>(padded(product.num_cols, 32)) + 8};
+  const CurrentDevice device = current_device();
+  const int64_t num_heads = int64_t{classify.frame.batch} * product.num_heads;
+  const auto tiles = [&](int rows) {
+    return num_heads * (padded(product.num_rows, 4 * rows) / (4 * rows));
+  };
+  const auto fits = [&](int rows, int items) {
+    return product.num_cols <= items * kWarpSize &&
+           route_tile_bytes(tile, rows) <= device.shared_bytes;
+  };
+  const auto run = [&](auto* kernel, int rows) {
+    launch(kernel,
+           {.blocks = tiles(rows),
+            .threads = kRouteThreads,
+            .shared_bytes = route_tile_bytes(tile, rows)},
+           stream, tile);
+    return true;
+  };
+  // A multiprocessor has one tile at a time.
+  const auto rounds = [&](int rows) { return padded(tiles(rows), device.num_multiprocessors); };
+  const bool has_few = 4 * rounds(4) < 6 * rounds(6);
+  if (fits(6, 16) && !has_few) return run(route_tile_kernel<6, 16>, 6);
+  if (fits(4, 16)) return run(route_tile_kernel<4, 16>, 4);
+  if (fits(6, 40)) return run(route_tile_kernel<6, 40>, 6);
+  if (fits(4, 64)) return run(route_tile_kernel<4, 64>, 4);
+  return false;
+}
+
+}  // namespace sparline::cuda
