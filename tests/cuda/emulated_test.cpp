@@ -940,8 +940,8 @@ TEST(Route, TiesAreTies) {
 }
 
 /// Rows that one warp holds, that shared memory does, that neither does; whole tiles of query
-/// blocks and not; scores without rounding, so that ties are ties, with the mean key, of packed
-/// sequences.
+/// blocks and not; scores without rounding, so that ties are ties (some are no numbers), with the
+/// mean key, of packed sequences.
 TEST(Route, LongRows) {
   for (const int arch : {80, 90}) {
     for (const int64_t num_key_blocks : {1, 65, 511, 513, 1190, 1300, 1900, 2100}) {
@@ -968,6 +968,8 @@ TEST(Route, LongRows) {
           for (Array* array : {&in.q, &in.k}) {
             for (double& value : array->data) value = std::clamp(std::round(value), -2.0, 2.0);
           }
+          in.k.row(0, 0, p.num_keys / 2)[3] = std::nan("");
+          in.k.row(0, 0, p.num_keys / 3)[5] = HUGE_VAL;
         }
         const auto got = route_classes(c, in, {}, {});
         c.device = Device::kCPU;

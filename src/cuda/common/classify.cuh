@@ -61,18 +61,22 @@ __device__ __forceinline__ void classify(const ClassifyParams& p, RowGroup<kIsOn
   // Blocks of other sequences.
   const int lane = group.warp() * kWarpSize + lane_index();
   const int num_lanes = group.num_warps() * kWarpSize;
+#pragma unroll 1
   for (int32_t j = lane; j < query.other_begin; j += num_lanes) out[j * stride] = -1;
+#pragma unroll 1
   for (int32_t j = query.other_end + lane; j < keys.num_blocks; j += num_lanes) {
     out[j * stride] = -1;
   }
   const int64_t row = (b * p.frame.num_heads + h) * queries.num_blocks + i;
   if (query.is_protected || (p.is_alike_q != nullptr && !p.is_alike_q[row])) {
+#pragma unroll 1
     for (int32_t j = query.other_begin + lane; j < query.other_end; j += num_lanes) {
       out[j * stride] = 1;
     }
     return;
   }
 
+  if (query.other_begin == query.other_end) return;
   using RowRanking = Ranking<kIsOneWarp, kIsHeld, kItems>;
   const RowRanking ranking(group, query.other_begin, query.other_end, key_of);
 
@@ -81,6 +85,7 @@ __device__ __forceinline__ void classify(const ClassifyParams& p, RowGroup<kIsOn
     auto num_free = static_cast<uint32_t>(query.other_end - query.other_begin);
     if (keys.table != nullptr) {
       num_free = 0;
+#pragma unroll 1
       for (int32_t j = query.other_begin + lane; j < query.other_end; j += num_lanes) {
         num_free += keys.table[j].is_protected ? 0 : 1;
       }
@@ -114,10 +119,12 @@ __device__ __forceinline__ void classify(const ClassifyParams& p, RowGroup<kIsOn
                                 static_cast<uint32_t>(num - num_negligible)};
     find_cuts(ranking, key_of, wanted, cuts);
   }
+  int8_t* at = out + ranking.walk.first() * stride;
   ranking.for_each(key_of, [&](uint32_t key, int32_t j, int) {
     const bool is_critical = (key == kNoKey) | cuts[0].has(key, j);
     const int value = is_critical ? 1 : cuts[1].has(key, j) ? 0 : -1;
-    if (j < query.other_end) out[j * stride] = static_cast<int8_t>(value);
+    if (j < query.other_end) *at = static_cast<int8_t>(value);
+    at += kWarpSize * stride;
   });
 }
 

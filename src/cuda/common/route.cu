@@ -72,7 +72,7 @@ struct SelectParams {
 
 /// One query block for each group of warps.
 template <bool kIsOneWarp, bool kIsHeld>
-__global__ void __launch_bounds__(kMaxThreads<kIsOneWarp>) select_kernel(const SelectParams p) {
+__global__ void __launch_bounds__(kMaxThreads<kIsOneWarp>, 1) select_kernel(const SelectParams p) {
   begin_kernel();
   __shared__ uint2 exchange[2 * kMaxRowWarps];
   const int64_t row_idx = row_index<kIsOneWarp>();

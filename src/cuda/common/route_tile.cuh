@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Scores and classes of a tile of query blocks in one kernel: scores, bit for bit those of
-// product.cuh, stay in shared memory, as the keys that they rank by.
+// product.cuh, stay in shared memory. Its code comes out of memory when it starts, and it is over
+// so soon that a loop rolled up is a loop that starts earlier.
 //   Tiles    16 or 24 query blocks of one head, against all its key blocks; eight warps, each with
 //            64 key blocks at a time, 4 x 8 or 6 x 8 a thread
 //   Shared   pooled queries (rows, D); three slices of 16 columns of every warp's pooled keys,
 //   which
-//            it alone loads and reads; keys of scores (rows, T_n)
+//            it alone loads and reads; scores (rows, T_n)
 //   Classes  a warp for each row, which it holds in registers
 #pragma once
 
@@ -21,10 +22,13 @@ constexpr int kWarpCols = 64;  // key blocks
 constexpr int kRouteStages = 3;
 constexpr int kRouteStageFloats = kWarpCols * kSlice;  // of one warp
 
+/// In place of the score of a key block that is not ranked: a NaN that no sum of products is.
+constexpr uint32_t kNoScore = 0xffffffffu;
+
 struct RouteTile {
   Product product;
   ClassifyParams classify;
-  int32_t ld_keys = 0;  // 8 more than a multiple of 32: four rows of eight lie in 32 banks
+  int32_t ld_scores = 0;  // 8 more than a multiple of 32: four rows of eight lie in 32 banks
 };
 
 /// One warp's pooled keys in slices, on their way from memory: 64 rows of 16 floats, the four
@@ -78,22 +82,26 @@ __global__ void __launch_bounds__(kRouteThreads, 1) route_tile_kernel(const Rout
   const int ld = static_cast<int>(product.ld), ld_a = ld + 4;
   float* const a_tile = reinterpret_cast<float*>(shared);  // (kTile, ld_a)
   float* const stages = a_tile + kTile * ld_a + warp_index() * kRouteStages * kRouteStageFloats;
-  auto* const keys = reinterpret_cast<uint32_t*>(  // (kTile, ld_keys)
-      a_tile + kTile * ld_a + kRouteWarps * kRouteStages * kRouteStageFloats);
+  float* const scores =  // (kTile, ld_scores)
+      a_tile + kTile * ld_a + kRouteWarps * kRouteStages * kRouteStageFloats;
 
-  const RowTile tile(blockIdx.x, product.num_rows, kTile);
-  const int32_t num_rows = min(product.num_rows - tile.first, kTile);
-  const int64_t b = tile.z / product.num_heads, h = tile.z % product.num_heads;
+  const int32_t tiles = (product.num_rows + kTile - 1) / kTile;
+  const int32_t z = static_cast<int32_t>(blockIdx.x) / tiles;
+  const int32_t first_row = (static_cast<int32_t>(blockIdx.x) - z * tiles) * kTile;
+  const int32_t num_rows = min(product.num_rows - first_row, kTile);
+  const int32_t b = z / product.num_heads, h = z - b * product.num_heads;
   const int64_t b_idx = b * product.b_per_batch + h / product.b_group;
   begin_kernel();
   int32_t first_col = 0, past_col = product.num_cols;
   if (product.rows.table != nullptr) {
-    first_col = product.rows.table[tile.first].other_begin;
-    past_col = product.rows.table[tile.first + num_rows - 1].other_end;
+    first_col = product.rows.table[first_row].other_begin;
+    past_col = product.rows.table[first_row + num_rows - 1].other_end;
   }
 
-  const float* const a = product.a + tile.row(product.num_rows) * ld;
+  const float* const a = product.a + (int64_t{z} * product.num_rows + first_row) * ld;
+#pragma unroll 1
   for (int r = warp_index(); r < num_rows; r += kRouteWarps) {
+#pragma unroll 1
     for (int k = lane_index() * 4; k < ld; k += 4 * kWarpSize) {
       cp_async_16(shared_address(a_tile + r * ld_a + k), a + r * ld + k);
     }
@@ -116,7 +124,6 @@ __global__ void __launch_bounds__(kRouteThreads, 1) route_tile_kernel(const Rout
   // A thread's rows are 4 apart, its columns 8 apart.
   const ProductLane lane;
   const float* const a_row = a_tile + lane.row * ld_a;
-  const RankedBlocks ranked(p.classify, b_idx);
   int32_t col = warp_col + lane.col;
   float sum[kRows][8] = {};
   int k = 0, stage = 0;
@@ -126,7 +133,7 @@ __global__ void __launch_bounds__(kRouteThreads, 1) route_tile_kernel(const Rout
     if (n + kRouteStages - 1 < num_loads) slices.load();
     cp_async_commit();
     const float* const b_row = stages + stage * kRouteStageFloats + lane.col * kSlice;
-#pragma unroll
+#pragma unroll 2
     for (int chunk = 0; chunk < kSlice / 4; ++chunk) {
       float4 x[kRows];
 #pragma unroll
@@ -150,36 +157,47 @@ __global__ void __launch_bounds__(kRouteThreads, 1) route_tile_kernel(const Rout
     k += kSlice;
     if (k < ld) continue;
     k = 0;
-    uint32_t* const to = keys + lane.row * p.ld_keys + (col - first_col);
+    float* const to = scores + lane.row * p.ld_scores + (col - first_col);
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
-      if (col + 8 * c < past_col) {
-        const uint32_t mask = ranked.has(col + 8 * c) ? 0u : kNoKey;
+      const bool has_column = col + 8 * c < past_col;
 #pragma unroll
-        for (int m = 0; m < kRows; ++m) {
-          to[4 * m * p.ld_keys + 8 * c] = rank_key(sum[m][c]) | mask;
-        }
+      for (int m = 0; m < kRows; ++m) {
+        if (has_column) to[4 * m * p.ld_scores + 8 * c] = sum[m][c];
+        sum[m][c] = 0.0f;
       }
-#pragma unroll
-      for (int m = 0; m < kRows; ++m) sum[m][c] = 0.0f;
     }
     col += kRound;
   }
   __syncthreads();
+  if (p.classify.frame.keys.table != nullptr || p.classify.is_alike_k != nullptr) {
+    const RankedBlocks ranked(p.classify, b_idx);
+#pragma unroll 1
+    for (int32_t j = first_col + static_cast<int32_t>(threadIdx.x); j < past_col;
+         j += kRouteThreads) {
+      if (ranked.has(j)) continue;
+#pragma unroll 1
+      for (int r = 0; r < num_rows; ++r) {
+        scores[r * p.ld_scores + j - first_col] = __uint_as_float(kNoScore);
+      }
+    }
+    __syncthreads();
+  }
 
   RowGroup</*kIsOneWarp=*/true> group(nullptr);
 #pragma unroll 1
   for (int r = warp_index(); r < num_rows; r += kRouteWarps) {
-    const uint32_t* const row_keys = keys + r * p.ld_keys - first_col;
-    classify</*kHasMass=*/false, /*kIsHeld=*/true, kItems>(p.classify, group, b, h, tile.first + r,
-                                                           [&](int32_t j) { return row_keys[j]; });
+    const float* const row = scores + r * p.ld_scores - first_col;
+    classify</*kHasMass=*/false, /*kIsHeld=*/true, kItems>(
+        p.classify, group, b, h, first_row + r,
+        [&](int32_t j) { return __float_as_uint(row[j]) == kNoScore ? kNoKey : rank_key(row[j]); });
   }
 }
 
 // Launches ---------------------------------------------------------------------------------------
 
 inline int64_t route_tile_bytes(const RouteTile& tile, int rows) {
-  const int64_t floats = 4 * rows * (tile.product.ld + 4 + tile.ld_keys) +
+  const int64_t floats = 4 * rows * (tile.product.ld + 4 + tile.ld_scores) +
                          kRouteWarps * kRouteStages * kRouteStageFloats;
   return floats * static_cast<int64_t>(sizeof(float));
 }
@@ -191,7 +209,7 @@ inline bool launch_route_tiles(const Product& product, const ClassifyParams& cla
   if (classify.rule.selection != Selection::kTopK) return false;
   const RouteTile tile{.product = product,
                        .classify = classify,
-                       .ld_keys = static_cast<int32_t>(padded(product.num_cols, 32)) + 8};
+                       .ld_scores = static_cast<int32_t>(padded(product.num_cols, 32)) + 8};
   const CurrentDevice device = current_device();
   const int64_t num_heads = int64_t{classify.frame.batch} * product.num_heads;
   const auto tiles = [&](int rows) {

@@ -85,8 +85,11 @@ class RowWalk {
     past_ = first_ + run;
   }
 
-  /// body(j, n) for this lane's entries; n < kItems counts them where the row is held in
-  /// registers. There j may be at or past the end, so that registers are always set.
+  /// The lane's first entry.
+  __device__ __forceinline__ int32_t first() const { return first_; }
+
+  /// body(j, n) for this lane's entries, kWarpSize apart; n < kItems counts them where the row is
+  /// held in registers. There j may be at or past the end, so that registers are always set.
   template <class Body>
   __device__ __forceinline__ void for_each(const Body& body) const {
     if constexpr (kIsHeld) {

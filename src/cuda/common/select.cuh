@@ -38,7 +38,7 @@ struct Cut {
   int32_t last = 0x7fffffff;  // index of the last entry with that key
 
   __device__ __forceinline__ bool has(uint32_t other_key, int32_t j) const {
-    return (other_key < key) | ((other_key == key) & (j <= last));  // no branch
+    return other_key < key + (j <= last ? 1u : 0u);  // no key is the last number
   }
 };
 
@@ -48,23 +48,25 @@ struct Ranking {
   using Group = RowGroup<kIsOneWarp>;
   using Walk = RowWalk<kIsOneWarp, kIsHeld, kItems>;
 
-  /// `key_of(j)`: kNoKey for what is not ranked.
+  /// `key_of(j)`: kNoKey for what is not ranked. The row is not empty.
   template <class KeyOf>
   __device__ Ranking(Group& row_group, int32_t row_begin, int32_t row_end, const KeyOf& key_of)
       : group(row_group), walk(row_group, row_begin, row_end), begin(row_begin), end(row_end) {
     uint32_t count = 0;
     walk.for_each([&](int32_t j, int n) {
-      const uint32_t key = j < end ? key_of(j) : kNoKey;
+      // Without a branch, so that a lane's loads do not wait for each other.
+      const uint32_t key_inside = key_of(min(j, end - 1));
+      const uint32_t key = j < end ? key_inside : kNoKey;
       if constexpr (kIsHeld) keys[n] = key;
       count += key != kNoKey;
       least = min(least, key);
-      most = max(most, key != kNoKey ? key : 0u);
+      most = max(most, key + 1);  // 0 for kNoKey
     });
     const uint2 range = group.all(make_uint2(least, most), make_uint2(kNoKey, 0u), [](uint2 x) {
       return make_uint2(__reduce_min_sync(kAllLanes, x.x), __reduce_max_sync(kAllLanes, x.y));
     });
     least = range.x;
-    most = range.y;
+    most = range.y - 1;  // not used where none is ranked
     num = group.sum(count);
   }
 
