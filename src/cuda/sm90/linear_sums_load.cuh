@@ -153,7 +153,8 @@ __device__ void make_bits(const LinearSumsParams& params, int first_warp, int nu
     BlockInfo query{};
     if (i < queries.num_blocks) query = queries.block(i);
     const bool is_all = p.scope == LinearScope::kAll;
-    const bool is_empty = query.is_protected || (!is_all && p.map.data == nullptr);
+    const bool is_empty = query.is_protected || query.other_begin >= query.other_end ||
+                          (!is_all && p.map.data == nullptr);
     const auto* const classes =
         static_cast<const int8_t*>(p.map.data) +
         p.map.offset(head / p.frame.num_heads, head % p.frame.num_heads, i, 0);
@@ -163,15 +164,27 @@ __device__ void make_bits(const LinearSumsParams& params, int first_warp, int nu
     const int32_t num_words = params.chunks * 2;
     uint32_t any = 0;
     for (int32_t first = 0; first < num_words; first += kTogether) {
+      // A branch for each value would wait for one after the other.
+      const int32_t begin = query.other_begin + first * 32 + lane_block;
+      int8_t values[kTogether] = {};
+      if (!is_empty && !is_all) {
+#pragma unroll
+        for (int n = 0; n < kTogether; ++n) {
+          values[n] = classes[min(begin + n * 32, query.other_end - 1) * p.map.stride_j];
+        }
+      }
       bool is_member[kTogether];
 #pragma unroll
       for (int n = 0; n < kTogether; ++n) {
-        const int32_t j = query.other_begin + (first + n) * 32 + lane_block;
-        is_member[n] = !is_empty && j < query.other_end;
-        if (is_member[n] && !is_all) {
-          const int8_t value = classes[j * p.map.stride_j];
-          is_member[n] = p.scope == LinearScope::kMarginal ? value == 0 : value != 1;
-          if (keys.table != nullptr) is_member[n] &= keys.table[j].is_protected == 0;
+        const int32_t j = begin + n * 32;
+        const bool is_of_scope =
+            is_all | (p.scope == LinearScope::kMarginal ? values[n] == 0 : values[n] != 1);
+        is_member[n] = !is_empty & j < query.other_end & is_of_scope;
+      }
+      if (!is_all && keys.table != nullptr) {
+#pragma unroll
+        for (int n = 0; n < kTogether; ++n) {
+          is_member[n] = is_member[n] && keys.table[begin + n * 32].is_protected == 0;
         }
       }
 #pragma unroll

@@ -15,6 +15,7 @@ template <class Traits>
 class LinearProduct {
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kTileM = Traits::kTileM, kTileN = Traits::kTileN;
+  static constexpr int kAhead = 4;
   static_assert(kTileM == 128 && kTileN == 128);
 
  public:
@@ -63,26 +64,31 @@ class LinearProduct {
     to[1] = __ldcg(bits_ + 8);
     bits_ += kTileM;
   }
-  /// The map is two chunks ahead, also of a tile's first ones: it takes longer to come than the
-  /// products of one.
+  /// The map is kAhead chunks ahead, also of a tile's first ones: where states fill L2's queues, it
+  /// takes as long to come as the products of two or three.
   __device__ __forceinline__ void load_first_bits(int32_t idx) {
     if (idx >= params_.num_tiles) return;
     const SumTile tile(params_, idx);
     bits_ = params_.bits +
             (int64_t{tile.head} * params_.tiles_m + tile.m) * params_.chunks * kTileM + row_;
-    load(even_);
-    if (params_.chunks > 1) load(odd_);
+#pragma unroll
+    for (int n = 0; n < kAhead; ++n) {
+      if (n < params_.chunks) load(next_[n]);
+    }
   }
 
   __device__ __forceinline__ void add_chunks(int32_t num_chunks) {
 #pragma unroll
     for (int n = 0; n < kTileN / 2; ++n) sum_[n] = 0.0f;
-    for (int32_t chunk = 0; chunk < num_chunks; chunk += 2) {
-      add_chunk(even_, chunk + 2 < num_chunks);
-      if (chunk + 1 < num_chunks) add_chunk(odd_, chunk + 3 < num_chunks);
+    for (int32_t first = 0; first < num_chunks; first += kAhead) {
+#pragma unroll
+      for (int n = 0; n < kAhead; ++n) {
+        const int32_t chunk = first + n;
+        if (chunk < num_chunks) add_chunk(next_[n], chunk + kAhead < num_chunks);
+      }
     }
   }
-  /// `own` then becomes the map of the chunk after the next one, if there is one.
+  /// `own` then becomes the map of the chunk kAhead after it, if there is one.
   __device__ __forceinline__ void add_chunk(Bits& own, bool has_more) {
     // All of A first: ptxas 13.0 waits for every product between whose start and end a register
     // of another one is written (C7513). The other warpgroup multiplies meanwhile.
@@ -156,9 +162,10 @@ class LinearProduct {
       for (int n = 0; n < kTileN; n += 32) {
         const float* const y = x + n / 2;
         const int f = tile.n * (kTileN / kHeadDim) + n / kHeadDim, d = n % kHeadDim;
-        *reinterpret_cast<uint4*>(first + f * stride + d + lane_ % 4 * 8) =
-            make_uint4(pack<bf16>(y[0], y[1]), pack<bf16>(y[4], y[5]), pack<bf16>(y[8], y[9]),
-                       pack<bf16>(y[12], y[13]));
+        // Past the cache: its place is for states, which are read again.
+        __stcs(reinterpret_cast<uint4*>(first + f * stride + d + lane_ % 4 * 8),
+               make_uint4(pack<bf16>(y[0], y[1]), pack<bf16>(y[4], y[5]), pack<bf16>(y[8], y[9]),
+                          pack<bf16>(y[12], y[13])));
       }
     }
   }
@@ -168,7 +175,7 @@ class LinearProduct {
   const int lane_, row_;
   RingCursor<Traits::kSumSlots> ring_;
   const uint2* bits_ = nullptr;  // of the next chunk to ask for
-  Bits even_ = {}, odd_ = {};    // of the next two to multiply
+  Bits next_[kAhead] = {};       // of the next ones to multiply
   float sum_[kTileN / 2];
 };
 
