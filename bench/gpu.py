@@ -524,7 +524,13 @@ def run_rows(args: argparse.Namespace, state_file: Path) -> int:
     wanted |= {"cudnn", "fa2"}
     rows = [r for r in rows if r.method is not None or r.name in wanted]
     if args.only is not None:
-        rows = [r for r in rows if r.name in ("cudnn", "fa2") or re.search(args.only, r.label)]
+        matches = {r.label for r in rows if re.search(args.only, r.label)}
+        keys = {baseline_key(r) for r in rows if r.label in matches}
+        rows = [
+            r
+            for r in rows
+            if r.label in matches or (r.name in ("cudnn", "fa2") and baseline_key(r) in keys)
+        ]
     bench = Bench(device, args.repetitions or (10 if args.quick else 20), peers)
     machine = {**describe_machine(device, args.commit), **ceilings(device)}
     args.out.mkdir(parents=True, exist_ok=True)
@@ -669,7 +675,7 @@ def main() -> int:
     add("--profile", action="store_true", help="also take forward and backward apart by kernel")
     add("--peers", help="which to run; none: only torch's attention")
     add("--workload", help="in place of the suite's own")
-    add("--only", metavar="REGEX", help="rows whose label matches, and baselines")
+    add("--only", metavar="REGEX", help="rows whose label matches, and their baselines")
     add("--repetitions", type=int, default=0)
     add("--no-check", action="store_true", help="time without comparing with the reference first")
     add("--out", type=Path, default=Path(__file__).parent / "results")
