@@ -5,9 +5,8 @@
 // so soon that a loop rolled up is a loop that starts earlier.
 //   Tiles    16 or 24 query blocks of one head, against all its key blocks; eight warps, each with
 //            64 key blocks at a time, 4 x 8 or 6 x 8 a thread
-//   Shared   pooled queries (rows, D); three slices of 16 columns of every warp's pooled keys,
-//   which
-//            it alone loads and reads; scores (rows, T_n)
+//   Shared   pooled queries (rows, D); two or three slices of 16 columns of every warp's pooled
+//            keys, which it alone loads and reads; scores (rows, T_n)
 //   Classes  a warp for each row, which it holds in registers
 #pragma once
 
@@ -18,12 +17,24 @@
 namespace sparline::cuda {
 
 constexpr int kRouteWarps = 8, kRouteThreads = kRouteWarps * kWarpSize;
-constexpr int kWarpCols = 64;  // key blocks
-constexpr int kRouteStages = 3;
+constexpr int kWarpCols = 64;                          // key blocks
 constexpr int kRouteStageFloats = kWarpCols * kSlice;  // of one warp
 
 /// In place of the score of a key block that is not ranked: a NaN that no sum of products is.
 constexpr uint32_t kNoScore = 0xffffffffu;
+
+/// A thread has kThreadRows rows and 8 columns, a lane holds kItems scores of a row; kStages slices
+/// of a warp's keys are under way, kResident tiles on a multiprocessor.
+template <int kThreadRows_, int kItems_, int kStages_, int kResident_>
+struct RouteTraits {
+  static constexpr int kThreadRows = kThreadRows_, kRows = 4 * kThreadRows, kItems = kItems_;
+  static constexpr int kStages = kStages_, kResident = kResident_;
+};
+using RouteOneTile = RouteTraits<6, kRowItems, 3, 1>;
+/// One multiplies while the other one loads or classifies.
+using RouteTwoTiles = RouteTraits<4, kRowItems, 2, 2>;
+using RouteLongRows = RouteTraits<6, 40, 3, 1>;
+using RouteLongestRows = RouteTraits<4, 64, 3, 1>;
 
 struct RouteTile {
   Product product;
@@ -33,6 +44,7 @@ struct RouteTile {
 
 /// One warp's pooled keys in slices, on their way from memory: 64 rows of 16 floats, the four
 /// chunks of a row swizzled by row / 2, so that eight rows of one chunk lie in different banks.
+template <int kStages>
 class KeySlices {
  public:
   /// `rows`: pooled keys from the warp's first ones on, of which there are `num_rows`.
@@ -55,7 +67,7 @@ class KeySlices {
       if (r < num_rows_) cp_async_16(to + static_cast<uint32_t>(r * kRowBytes), from);
       from += kStep * ld_;
     }
-    if (++stage_ == kRouteStages) stage_ = 0;
+    if (++stage_ == kStages) stage_ = 0;
     source_ += kSlice;
     k_ += kSlice;
     if (k_ < ld_) return;
@@ -73,17 +85,18 @@ class KeySlices {
   int stage_ = 0;
 };
 
-/// A thread has kRows rows and 8 columns; a lane holds kItems scores of a row.
-template <int kRows, int kItems>
-__global__ void __launch_bounds__(kRouteThreads, 1) route_tile_kernel(const RouteTile p) {
-  constexpr int kTile = 4 * kRows;
+template <class Traits>
+__global__ void __launch_bounds__(kRouteThreads, Traits::kResident)
+    route_tile_kernel(const RouteTile p) {
+  constexpr int kTile = Traits::kRows, kThreadRows = Traits::kThreadRows;
+  constexpr int kStages = Traits::kStages;
   SPARLINE_DYNAMIC_SHARED(shared);
   const Product& product = p.product;
   const int ld = static_cast<int>(product.ld), ld_a = ld + 4;
   float* const a_tile = reinterpret_cast<float*>(shared);  // (kTile, ld_a)
-  float* const stages = a_tile + kTile * ld_a + warp_index() * kRouteStages * kRouteStageFloats;
+  float* const stages = a_tile + kTile * ld_a + warp_index() * kStages * kRouteStageFloats;
   float* const scores =  // (kTile, ld_scores)
-      a_tile + kTile * ld_a + kRouteWarps * kRouteStages * kRouteStageFloats;
+      a_tile + kTile * ld_a + kRouteWarps * kStages * kRouteStageFloats;
 
   const int32_t tiles = (product.num_rows + kTile - 1) / kTile;
   const int32_t z = static_cast<int32_t>(blockIdx.x) / tiles;
@@ -107,37 +120,37 @@ __global__ void __launch_bounds__(kRouteThreads, 1) route_tile_kernel(const Rout
     }
   }
   const int32_t warp_col = first_col + warp_index() * kWarpCols;
-  KeySlices slices(stages, product.b + (b_idx * product.num_cols + warp_col) * ld,
-                   past_col - warp_col, ld);
+  KeySlices<kStages> slices(stages, product.b + (b_idx * product.num_cols + warp_col) * ld,
+                            past_col - warp_col, ld);
   const int num_slices = ld / kSlice;
   constexpr int kRound = kRouteWarps * kWarpCols;
   const int num_loads =
       warp_col < past_col ? (past_col - warp_col + kRound - 1) / kRound * num_slices : 0;
 #pragma unroll
-  for (int n = 0; n < kRouteStages - 1; ++n) {
+  for (int n = 0; n < kStages - 1; ++n) {
     if (n < num_loads) slices.load();
     cp_async_commit();
   }
-  cp_async_wait<kRouteStages - 2>();
+  cp_async_wait<kStages - 2>();
   __syncthreads();
 
   // A thread's rows are 4 apart, its columns 8 apart.
   const ProductLane lane;
   const float* const a_row = a_tile + lane.row * ld_a;
   int32_t col = warp_col + lane.col;
-  float sum[kRows][8] = {};
+  float sum[kThreadRows][8] = {};
   int k = 0, stage = 0;
   for (int n = 0; n < num_loads; ++n) {
-    cp_async_wait<kRouteStages - 2>();
+    cp_async_wait<kStages - 2>();
     __syncwarp();
-    if (n + kRouteStages - 1 < num_loads) slices.load();
+    if (n + kStages - 1 < num_loads) slices.load();
     cp_async_commit();
     const float* const b_row = stages + stage * kRouteStageFloats + lane.col * kSlice;
 #pragma unroll 2
     for (int chunk = 0; chunk < kSlice / 4; ++chunk) {
-      float4 x[kRows];
+      float4 x[kThreadRows];
 #pragma unroll
-      for (int m = 0; m < kRows; ++m) {
+      for (int m = 0; m < kThreadRows; ++m) {
         x[m] = *reinterpret_cast<const float4*>(a_row + k + 4 * m * ld_a + chunk * 4);
       }
 #pragma unroll
@@ -145,7 +158,7 @@ __global__ void __launch_bounds__(kRouteThreads, 1) route_tile_kernel(const Rout
         const float4 y = *reinterpret_cast<const float4*>(b_row + 8 * c * kSlice +
                                                           (chunk ^ lane.col / 2 % 4) * 4);
 #pragma unroll
-        for (int m = 0; m < kRows; ++m) {
+        for (int m = 0; m < kThreadRows; ++m) {
           sum[m][c] = fmaf(x[m].x, y.x, sum[m][c]);
           sum[m][c] = fmaf(x[m].y, y.y, sum[m][c]);
           sum[m][c] = fmaf(x[m].z, y.z, sum[m][c]);
@@ -153,7 +166,7 @@ __global__ void __launch_bounds__(kRouteThreads, 1) route_tile_kernel(const Rout
         }
       }
     }
-    if (++stage == kRouteStages) stage = 0;
+    if (++stage == kStages) stage = 0;
     k += kSlice;
     if (k < ld) continue;
     k = 0;
@@ -162,7 +175,7 @@ __global__ void __launch_bounds__(kRouteThreads, 1) route_tile_kernel(const Rout
     for (int c = 0; c < 8; ++c) {
       const bool has_column = col + 8 * c < past_col;
 #pragma unroll
-      for (int m = 0; m < kRows; ++m) {
+      for (int m = 0; m < kThreadRows; ++m) {
         if (has_column) to[4 * m * p.ld_scores + 8 * c] = sum[m][c];
         sum[m][c] = 0.0f;
       }
@@ -188,7 +201,7 @@ __global__ void __launch_bounds__(kRouteThreads, 1) route_tile_kernel(const Rout
 #pragma unroll 1
   for (int r = warp_index(); r < num_rows; r += kRouteWarps) {
     const float* const row = scores + r * p.ld_scores - first_col;
-    classify</*kHasMass=*/false, /*kIsHeld=*/true, kItems>(
+    classify</*kHasMass=*/false, /*kIsHeld=*/true, Traits::kItems>(
         p.classify, group, b, h, first_row + r,
         [&](int32_t j) { return __float_as_uint(row[j]) == kNoScore ? kNoKey : rank_key(row[j]); });
   }
@@ -196,14 +209,28 @@ __global__ void __launch_bounds__(kRouteThreads, 1) route_tile_kernel(const Rout
 
 // Launches ---------------------------------------------------------------------------------------
 
-inline int64_t route_tile_bytes(const RouteTile& tile, int rows) {
-  const int64_t floats = 4 * rows * (tile.product.ld + 4 + tile.ld_scores) +
-                         kRouteWarps * kRouteStages * kRouteStageFloats;
-  return floats * static_cast<int64_t>(sizeof(float));
+template <class Traits>
+int64_t num_route_tiles(const RouteTile& tile) {
+  return int64_t{tile.classify.frame.batch} * tile.product.num_heads *
+         (padded(tile.product.num_rows, Traits::kRows) / Traits::kRows);
 }
 
-/// All rows of the product at once; false, and nothing is launched, where the rule knows a mass or
-/// scores do not fit into shared memory.
+/// Launches all tiles where a row and a tile of scores fit.
+template <class Traits>
+bool launch_route_tiles(const RouteTile& tile, const CurrentDevice& device, void* stream) {
+  const int64_t floats = Traits::kRows * (tile.product.ld + 4 + tile.ld_scores) +
+                         kRouteWarps * Traits::kStages * kRouteStageFloats;
+  const LaunchShape shape{.blocks = num_route_tiles<Traits>(tile),
+                          .threads = kRouteThreads,
+                          .shared_bytes = floats * static_cast<int64_t>(sizeof(float))};
+  const bool fits = tile.product.num_cols <= Traits::kItems * kWarpSize &&
+                    shape.shared_bytes <= device.shared_bytes;
+  if (fits) launch(route_tile_kernel<Traits>, shape, stream, tile);
+  return fits;
+}
+
+/// All rows of the product; false, and nothing is launched, where the rule knows a mass or scores
+/// do not fit into shared memory.
 inline bool launch_route_tiles(const Product& product, const ClassifyParams& classify,
                                void* stream) {
   if (classify.rule.selection != Selection::kTopK) return false;
@@ -211,30 +238,19 @@ inline bool launch_route_tiles(const Product& product, const ClassifyParams& cla
                        .classify = classify,
                        .ld_scores = static_cast<int32_t>(padded(product.num_cols, 32)) + 8};
   const CurrentDevice device = current_device();
-  const int64_t num_heads = int64_t{classify.frame.batch} * product.num_heads;
-  const auto tiles = [&](int rows) {
-    return num_heads * (padded(product.num_rows, 4 * rows) / (4 * rows));
+  // A round of two small tiles takes about as long as one of a large tile.
+  const int64_t num_small = num_route_tiles<RouteTwoTiles>(tile);
+  const auto rounds = [](int64_t tiles, int64_t resident) {
+    return padded(tiles, resident) / resident;
   };
-  const auto fits = [&](int rows, int items) {
-    return product.num_cols <= items * kWarpSize &&
-           route_tile_bytes(tile, rows) <= device.shared_bytes;
-  };
-  const auto run = [&](auto* kernel, int rows) {
-    launch(kernel,
-           {.blocks = tiles(rows),
-            .threads = kRouteThreads,
-            .shared_bytes = route_tile_bytes(tile, rows)},
-           stream, tile);
-    return true;
-  };
-  // A multiprocessor has one tile at a time.
-  const auto rounds = [&](int rows) { return padded(tiles(rows), device.num_multiprocessors); };
-  const bool has_few = 4 * rounds(4) < 6 * rounds(6);
-  if (fits(6, 16) && !has_few) return run(route_tile_kernel<6, 16>, 6);
-  if (fits(4, 16)) return run(route_tile_kernel<4, 16>, 4);
-  if (fits(6, 40)) return run(route_tile_kernel<6, 40>, 6);
-  if (fits(4, 64)) return run(route_tile_kernel<4, 64>, 4);
-  return false;
+  const bool is_small_best =
+      num_small <= device.num_multiprocessors ||
+      rounds(num_small, 2 * device.num_multiprocessors) <
+          rounds(num_route_tiles<RouteOneTile>(tile), device.num_multiprocessors);
+  return (!is_small_best && launch_route_tiles<RouteOneTile>(tile, device, stream)) ||
+         launch_route_tiles<RouteTwoTiles>(tile, device, stream) ||
+         launch_route_tiles<RouteLongRows>(tile, device, stream) ||
+         launch_route_tiles<RouteLongestRows>(tile, device, stream);
 }
 
 }  // namespace sparline::cuda
