@@ -7,7 +7,7 @@
 //            64 key blocks at a time, 4 x 8 or 6 x 8 a thread
 //   Shared   pooled queries (rows, D); two or three slices of 16 columns of every warp's pooled
 //            keys, which it alone loads and reads; scores (rows, T_n)
-//   Classes  a warp for each row, which it holds in registers
+//   Classes  a warp for each row, which it holds in registers; more warps than multiply
 #pragma once
 
 #include "cuda/common/classify.cuh"
@@ -16,7 +16,7 @@
 
 namespace sparline::cuda {
 
-constexpr int kRouteWarps = 8, kRouteThreads = kRouteWarps * kWarpSize;
+constexpr int kRouteWarps = 8;                         // that multiply
 constexpr int kWarpCols = 64;                          // key blocks
 constexpr int kRouteStageFloats = kWarpCols * kSlice;  // of one warp
 
@@ -24,13 +24,15 @@ constexpr int kRouteStageFloats = kWarpCols * kSlice;  // of one warp
 constexpr uint32_t kNoScore = 0xffffffffu;
 
 /// A thread has kThreadRows rows and 8 columns, a lane holds kItems scores of a row; kStages slices
-/// of a warp's keys are under way, kResident tiles on a multiprocessor.
-template <int kThreadRows_, int kItems_, int kStages_, int kResident_>
+/// of a warp's keys are under way, kResident tiles on a multiprocessor. kWarps classify rows, which
+/// is a chain of short steps: the more at a time, the better.
+template <int kThreadRows_, int kItems_, int kStages_, int kResident_, int kWarps_ = kRouteWarps>
 struct RouteTraits {
   static constexpr int kThreadRows = kThreadRows_, kRows = 4 * kThreadRows, kItems = kItems_;
   static constexpr int kStages = kStages_, kResident = kResident_;
+  static constexpr int kWarps = kWarps_, kThreads = kWarps * kWarpSize;
 };
-using RouteOneTile = RouteTraits<6, kRowItems, 3, 1>;
+using RouteOneTile = RouteTraits<6, kRowItems, 3, 1, 12>;
 /// One multiplies while the other one loads or classifies.
 using RouteTwoTiles = RouteTraits<4, kRowItems, 2, 2>;
 using RouteLongRows = RouteTraits<6, 40, 3, 1>;
@@ -86,7 +88,7 @@ class KeySlices {
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(kRouteThreads, Traits::kResident)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kResident)
     route_tile_kernel(const RouteTile p) {
   constexpr int kTile = Traits::kRows, kThreadRows = Traits::kThreadRows;
   constexpr int kStages = Traits::kStages;
@@ -113,7 +115,7 @@ __global__ void __launch_bounds__(kRouteThreads, Traits::kResident)
 
   const float* const a = product.a + (int64_t{z} * product.num_rows + first_row) * ld;
 #pragma unroll 1
-  for (int r = warp_index(); r < num_rows; r += kRouteWarps) {
+  for (int r = warp_index(); r < num_rows; r += Traits::kWarps) {
 #pragma unroll 1
     for (int k = lane_index() * 4; k < ld; k += 4 * kWarpSize) {
       cp_async_16(shared_address(a_tile + r * ld_a + k), a + r * ld + k);
@@ -124,8 +126,8 @@ __global__ void __launch_bounds__(kRouteThreads, Traits::kResident)
                             past_col - warp_col, ld);
   const int num_slices = ld / kSlice;
   constexpr int kRound = kRouteWarps * kWarpCols;
-  const int num_loads =
-      warp_col < past_col ? (past_col - warp_col + kRound - 1) / kRound * num_slices : 0;
+  const bool has_keys = warp_index() < kRouteWarps && warp_col < past_col;
+  const int num_loads = has_keys ? (past_col - warp_col + kRound - 1) / kRound * num_slices : 0;
 #pragma unroll
   for (int n = 0; n < kStages - 1; ++n) {
     if (n < num_loads) slices.load();
@@ -187,7 +189,7 @@ __global__ void __launch_bounds__(kRouteThreads, Traits::kResident)
     const RankedBlocks ranked(p.classify, b_idx);
 #pragma unroll 1
     for (int32_t j = first_col + static_cast<int32_t>(threadIdx.x); j < past_col;
-         j += kRouteThreads) {
+         j += Traits::kThreads) {
       if (ranked.has(j)) continue;
 #pragma unroll 1
       for (int r = 0; r < num_rows; ++r) {
@@ -199,7 +201,7 @@ __global__ void __launch_bounds__(kRouteThreads, Traits::kResident)
 
   RowGroup</*kIsOneWarp=*/true> group(nullptr);
 #pragma unroll 1
-  for (int r = warp_index(); r < num_rows; r += kRouteWarps) {
+  for (int r = warp_index(); r < num_rows; r += Traits::kWarps) {
     const float* const row = scores + r * p.ld_scores - first_col;
     classify</*kHasMass=*/false, /*kIsHeld=*/true, Traits::kItems>(
         p.classify, group, b, h, first_row + r,
@@ -221,7 +223,7 @@ bool launch_route_tiles(const RouteTile& tile, const CurrentDevice& device, void
   const int64_t floats = Traits::kRows * (tile.product.ld + 4 + tile.ld_scores) +
                          kRouteWarps * Traits::kStages * kRouteStageFloats;
   const LaunchShape shape{.blocks = num_route_tiles<Traits>(tile),
-                          .threads = kRouteThreads,
+                          .threads = Traits::kThreads,
                           .shared_bytes = floats * static_cast<int64_t>(sizeof(float))};
   const bool fits = tile.product.num_cols <= Traits::kItems * kWarpSize &&
                     shape.shared_bytes <= device.shared_bytes;
