@@ -39,11 +39,10 @@ class LinearProduct {
         const SumRange own = range;
         add_chunks(own.template num_chunks<Traits>());
         is_left = next_range<Traits>(params_, tile.m, range);
-        load_first_bits(is_left ? idx : idx + static_cast<int32_t>(gridDim.x));
         if (!is_left && threadIdx.x % 128 == 0) {
           count_reads(params_.pair_done + tile.head / params_.linear.frame.group());
         }
-        store(tile, own);
+        store(tile, own, is_left ? idx : idx + static_cast<int32_t>(gridDim.x));
       }
     }
   }
@@ -122,50 +121,68 @@ class LinearProduct {
     ring_.advance();
   }
 
-  __device__ __forceinline__ void store(const SumTile& tile, const SumRange& range) {
+  /// Stores the sums, and asks for the first bits of tile `next` once it is known where to:
+  /// what that takes would wait for the bits.
+  __device__ __forceinline__ void store(const SumTile& tile, const SumRange& range, int32_t next) {
+    if (tile.n == kHeadDim * kHeadDim / kTileN) {
+      store_z(tile, range);
+      load_first_bits(next);
+      return;
+    }
     const Frame& frame = params_.linear.frame;
-    constexpr int kTilesH = kHeadDim * kHeadDim / kTileN;
     const int32_t b = tile.head / frame.num_heads, h = tile.head % frame.num_heads;
+    bf16* rows[2];  // row 0 of H_i; null: nothing is stored
+    int64_t strides[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = row_ + half * 8;
-      const int32_t i = tile.m * kTileM + row;
-      const float* const x = sum_ + half * 2;
+      rows[half] = nullptr;
       if (row < range.first || row >= range.last) continue;
-      if (tile.n == kTilesH) {
-        float* const to = params_.sums_z +
-                          (int64_t{tile.head} * frame.queries.num_blocks + i) * kHeadDim +
-                          lane_ % 4 * 2;
-        const float empty =
-            range.begin == range.end
-                ? NAN
-                : params_.empty_rows[int64_t{tile.head} * params_.tiles_m * kTileM + i];
-#pragma unroll
-        for (int f = 0; f < kHeadDim / 8; ++f) {
-          *reinterpret_cast<float2*>(to + f * 8) =
-              make_float2(x[f * 4] + empty, x[f * 4 + 1] + empty);
-        }
-        continue;
-      }
-      const BlockInfo block = frame.queries.block(i);
+      const BlockInfo block = frame.queries.block(tile.m * kTileM + row);
       if (block.is_protected) continue;
-      bf16* first;  // row 0 of H_i
-      int64_t stride = kHeadDim;
       if (block.rows >= kHeadDim) {
-        first = params_.o.head<bf16>(b, h) + block.begin * params_.o.stride_n;
-        stride = params_.o.stride_n;
+        strides[half] = params_.o.stride_n;
+        rows[half] = params_.o.head<bf16>(b, h) + block.begin * params_.o.stride_n;
       } else {
         const int64_t matrix = int64_t{tile.head} * frame.queries.num_sequences + block.sequence;
-        first = params_.ragged + matrix * kHeadDim * kHeadDim;
+        strides[half] = kHeadDim;
+        rows[half] = params_.ragged + matrix * kHeadDim * kHeadDim;
       }
+    }
+    load_first_bits(next);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (rows[half] == nullptr) continue;
+      const float* const x = sum_ + half * 2;
 #pragma unroll
       for (int n = 0; n < kTileN; n += 32) {
         const float* const y = x + n / 2;
         const int f = tile.n * (kTileN / kHeadDim) + n / kHeadDim, d = n % kHeadDim;
         // Past the cache: its place is for states, which are read again.
-        __stcs(reinterpret_cast<uint4*>(first + f * stride + d + lane_ % 4 * 8),
+        __stcs(reinterpret_cast<uint4*>(rows[half] + f * strides[half] + d + lane_ % 4 * 8),
                make_uint4(pack<bf16>(y[0], y[1]), pack<bf16>(y[4], y[5]), pack<bf16>(y[8], y[9]),
                           pack<bf16>(y[12], y[13])));
+      }
+    }
+  }
+  __device__ __forceinline__ void store_z(const SumTile& tile, const SumRange& range) {
+    const int32_t num_blocks = params_.linear.frame.queries.num_blocks;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = row_ + half * 8;
+      if (row < range.first || row >= range.last) continue;
+      const int32_t i = tile.m * kTileM + row;
+      const float* const x = sum_ + half * 2;
+      float* const to =
+          params_.sums_z + (int64_t{tile.head} * num_blocks + i) * kHeadDim + lane_ % 4 * 2;
+      const float empty =
+          range.begin == range.end
+              ? NAN
+              : params_.empty_rows[int64_t{tile.head} * params_.tiles_m * kTileM + i];
+#pragma unroll
+      for (int f = 0; f < kHeadDim / 8; ++f) {
+        *reinterpret_cast<float2*>(to + f * 8) =
+            make_float2(x[f * 4] + empty, x[f * 4 + 1] + empty);
       }
     }
   }
