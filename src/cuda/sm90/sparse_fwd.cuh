@@ -51,9 +51,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (int n = 0; n < 2; ++n) {
       init(shared.list_full[n], 1);
       init(shared.list_empty[n], 2);
-      if constexpr (Traits::kHasSkip) init(shared.votes.cast[n], Traits::kMultiplyWarps);
     }
     fence_barrier_init();
+  }
+  if constexpr (Traits::kHasSkip) {
+    constexpr int kWords = sizeof(shared.votes.words) / sizeof(uint32_t);
+    if (threadIdx.x < kWords) (&shared.votes.words[0][0][0])[threadIdx.x] = 0;
   }
   __syncthreads();
   if (warp_index() < 4) {

@@ -186,7 +186,7 @@ class SparseForwardSm90Loader {
           shared_.places[place];
       KeyRuns runs(keys, shared_.lists + list.slot * num_words);
       int32_t block = place;
-      begin_record();
+      begin_record(at.rows);
       KeyRun first = runs.template next<kRunK>(), second;
       // A block without critical keys gets a tile without keys: zeros from past the end.
       do {
@@ -224,6 +224,8 @@ class SparseForwardSm90Loader {
 
  private:
   static constexpr int kRunK = Traits::kRunK, kHeadDim = Traits::kHeadDim;
+  using Cast = Votes<true>;
+  static constexpr unsigned kPauseNs = 20;  // between looks at votes
 
   __device__ void load_queries(const BlockPlace& at) {
     arrive_expecting(shared_.q_full, Traits::kTileQ * kHeadDim * 2);
@@ -239,15 +241,8 @@ class SparseForwardSm90Loader {
     const bool has_second = second.num_keys > 0;
     if (elect_one()) {
       if constexpr (!kIsValues) {
-        auto num_keys = static_cast<uint32_t>(first.num_keys + 256 * second.num_keys);
-        if constexpr (Traits::kHasSkip) {
-          const bool is_protected = at.ragged < 0;
-          if (is_protected || first.is_protected || first.num_keys == 0) {
-            num_keys |= TileInfo::kIsKept;
-          }
-          if (is_protected || second.is_protected) num_keys |= TileInfo::kIsSecondKept;
-        }
-        shared_.infos[ring_.slot] = {num_keys, block};
+        shared_.infos[ring_.slot] = {static_cast<uint32_t>(first.num_keys + 256 * second.num_keys),
+                                     block};
       }
       arrive_expecting(shared_.full[ring_.slot], (has_second ? 2 : 1) * (kRunK * kHeadDim * 2));
       load_run(first, 0, at);
@@ -272,86 +267,108 @@ class SparseForwardSm90Loader {
   __device__ int num_list_words() const {
     return (params_.forward.frame.keys.num_blocks + 31) / 32;
   }
-  __device__ __forceinline__ void begin_record() {
+  __device__ __forceinline__ void begin_record(int num_rows) {
     if constexpr (kIsValues && Traits::kHasSkip) {
       for (int w = lane_index(); w < num_list_words(); w += kWarpSize) kept_words()[w] = 0;
       if (lane_index() == 0) shared_.votes.num_passes = 0;
+      voting_rows_ = 0;
+      for (int half = 0; half < 2; ++half) {
+        const int num = num_rows - lane_index() * 16 - half * 8;
+        const uint32_t rows = num >= 8 ? Cast::kRows : Cast::kRows & ((1u << max(num, 0) * 4) - 1);
+        voting_rows_ |= rows << half;
+      }
       __syncwarp();
     }
   }
   __device__ __forceinline__ void keep(int32_t j) {
     if (lane_index() == 0) kept_words()[j / 32] |= 1u << (j % 32);
   }
-  __device__ __forceinline__ void count(int num_passes) {
-    if (lane_index() == 0) shared_.votes.num_passes += num_passes;
-  }
   __device__ __forceinline__ void end_record(int32_t row) {
     __syncwarp();
     store_kept(params_.forward, row, kept_words(), shared_.votes.num_passes);
   }
 
-  struct Result {
-    bool wants_first, wants_second;
-    int passes_first, passes_second;
-  };
-  __device__ __forceinline__ Result result_of(int round) {
-    using Round = Votes<true>;
-    const uint32_t parity = vote_parities_ >> round & 1;
-    wait(shared_.votes.cast[round], parity);
-    uint32_t vote = 0;
-    if (lane_index() < Round::kWarps) {
-      vote = shared_.votes.words[round][parity][lane_index()];
+  /// The vote of the warp that multiplies rows 16 lane.. of the query block, if it has cast one.
+  __device__ __forceinline__ uint32_t vote(int kind) const {
+    if (lane_index() >= Cast::kWarps) return Cast::kIsCast;
+    return posted(shared_.votes.words[turn_][kind][lane_index()]);
+  }
+  __device__ __forceinline__ static bool is_each_cast(uint32_t vote) {
+    return __all_sync(kAllLanes, (vote & Cast::kIsCast) != 0) != 0;
+  }
+  /// Whether any row wants a run: known with the first that does, or with the last vote.
+  __device__ __forceinline__ bool is_wanted(int kind) const {
+    while (true) {
+      const uint32_t own = vote(kind);
+      if (__any_sync(kAllLanes, (own & voting_rows_) != 0)) return true;
+      if (is_each_cast(own)) return false;
+      __nanosleep(kPauseNs);
     }
-    vote_parities_ ^= 1u << round;
-    // Counts of up to 128 fit into 8 bits.
-    const uint32_t passes = __reduce_add_sync(kAllLanes, vote >> Round::kPassesFirst);
-    return {__any_sync(kAllLanes, vote & Round::kWantsFirst) != 0,
-            __any_sync(kAllLanes, vote & Round::kWantsSecond) != 0, static_cast<int>(passes & 0xff),
-            static_cast<int>(passes >> 8 & 0xff)};
+  }
+  /// How many rows do without a run. Clears the votes.
+  __device__ __forceinline__ int count_passes(int kind) {
+    uint32_t own = vote(kind);
+    while (!is_each_cast(own)) {
+      __nanosleep(kPauseNs);
+      own = vote(kind);
+    }
+    if (lane_index() < Cast::kWarps) shared_.votes.words[turn_][kind][lane_index()] = 0;
+    return static_cast<int>(
+        __reduce_add_sync(kAllLanes, static_cast<unsigned>(__popc(~own & voting_rows_))));
   }
 
-  /// Values of the runs that stay, one behind the other. The decisions are those of
-  /// SparseForwardSm90SkipRows::decide(), from the same votes.
+  /// Values of the runs that stay, each in its half of the slot, as soon as one row wants it. Those
+  /// who multiply are told which; votes are counted after that.
   __device__ __forceinline__ void load_kept(const KeyRun& first, const KeyRun& second,
                                             const BlockPlace& at) {
     constexpr uint32_t kRunBytes = kRunK * kHeadDim * 2;
+    const bool is_protected = at.ragged < 0, has_second = second.num_keys > 0;
+    const bool is_first_kept = is_protected || first.is_protected || first.num_keys == 0;
+    const bool is_second_kept = is_protected || second.is_protected;
     wait(shared_.empty[ring_.slot], ring_.parity ^ 1);
-    const Result votes = result_of(0);
-    count(votes.passes_first);
-    const bool keeps_first = votes.wants_first;
-    bool keeps_second = false;
-    if (is_tile_a_block()) {
-      keeps_second = keeps_first && second.num_keys > 0;
-    } else if (second.num_keys > 0) {
-      if (!keeps_first) {
-        keeps_second = votes.wants_second;
-        count(votes.passes_second);
-      } else if (!votes.wants_second) {
-        count(at.rows);
-      }
-    }
+    const bool keeps_first = is_first_kept || is_wanted(Cast::kFirst);
     if (keeps_first) {
       if (first.num_keys > 0) keep(first.block);
       if (elect_one()) load_run(first, 0, at);
       __syncwarp();
-      if (!is_tile_a_block() && second.num_keys > 0 && votes.wants_second) {
-        const Result again = result_of(1);
-        keeps_second = again.wants_second;
-        count(again.passes_second);
-      }
     }
-    if (keeps_second && !is_tile_a_block()) keep(second.block);
+    const bool is_alone = !keeps_first && has_two_votes();
+    bool keeps_second = false;
+    if (is_tile_a_block()) {
+      keeps_second = keeps_first && has_second;
+    } else if (has_second) {
+      keeps_second = is_second_kept || is_wanted(is_alone ? Cast::kSecondAlone : Cast::kSecond);
+      if (keeps_second) keep(second.block);
+    }
     if (elect_one()) {
       Barrier& full = shared_.full[ring_.slot];
-      if (keeps_second) load_run(second, keeps_first ? kRunK * 128 : 0, at);
+      if (keeps_second) load_run(second, kRunK * 128, at);
       const uint32_t num_runs = (keeps_first ? 1 : 0) + (keeps_second ? 1 : 0);
+      shared_.infos[ring_.slot].num_keys =
+          (keeps_first ? TileInfo::kFirstStays : 0) | (keeps_second ? TileInfo::kSecondStays : 0);
       if (num_runs > 0) {
         arrive_expecting(full, num_runs * kRunBytes);
       } else {
         arrive(full);
       }
     }
+    __syncwarp();
+    int num_passes = count_passes(Cast::kFirst);
+    if (is_first_kept) num_passes = 0;
+    if (has_second && !is_tile_a_block()) {
+      int of_second = count_passes(Cast::kSecond);
+      if (has_two_votes()) {
+        const int if_alone = count_passes(Cast::kSecondAlone);
+        if (is_alone) of_second = if_alone;
+      }
+      if (!is_second_kept) num_passes += of_second;
+    }
+    if (lane_index() == 0) shared_.votes.num_passes += num_passes;
+    turn_ ^= 1;
     advance();
+  }
+  __device__ bool has_two_votes() const {
+    return params_.forward.skip.reference == SkipReference::kKeptLse;
   }
 
   /// Z_i to where keys lie, H_i as values: D rows.
@@ -412,7 +429,8 @@ class SparseForwardSm90Loader {
   SparseForwardSm90Shared<Traits>& shared_;
   RingCursor<Traits::kSlots> ring_;
   bool is_first_ = true;
-  uint32_t vote_parities_ = 0;  // with a skip rule: of the votes to come, a bit for each round
+  // With a skip rule: the turn of the next tile's votes; the lane's warp's rows, as they vote.
+  uint32_t turn_ = 0, voting_rows_ = 0;
 };
 
 }  // namespace sparline::cuda

@@ -126,7 +126,7 @@ class SparseForwardSm90Rows {
     if (is_new) reset(tile.block);
     start_softmax<kKeys>(s, tile);
     find_tops<0>(s);
-    exponentials<0>(s);
+    exponentials<0>(s, row_sum_);
     if constexpr (kKeys > kRunK) find_tops<1>(s);
     const bool is_raised = is_raised_;
     // After a branch (find_tops): ptxas would move the exponentials of a basic block past the wait.
@@ -134,7 +134,7 @@ class SparseForwardSm90Rows {
     release(v_slot);
     pack_p<0>(s);
     if constexpr (kKeys > kRunK) {
-      exponentials<1>(s);
+      exponentials<1>(s, row_sum_);
       pack_p<1>(s);
     }
     is_first_ = is_new;
@@ -348,10 +348,10 @@ class SparseForwardSm90Rows {
   __device__ __forceinline__ void softmax(float (&s)[kKeys / 2], const TileInfo& tile) {
     start_softmax<kKeys>(s, tile);
     find_tops<0>(s);
-    exponentials<0>(s);
+    exponentials<0>(s, row_sum_);
     if constexpr (kKeys > kRunK) {
       find_tops<1>(s);
-      exponentials<1>(s);
+      exponentials<1>(s, row_sum_);
     }
   }
   template <int kKeys>
@@ -363,7 +363,7 @@ class SparseForwardSm90Rows {
   __device__ __forceinline__ void find_tops(float (&s)[kSize]) {
     float top[2];
     find_lane_tops<kRun>(s, top);
-    follow_tops<kRun>(top, kLazyLog2, s);
+    if (is_high(top, kLazyLog2)) raise<kRun>(top, s);
   }
   /// The largest scores of a run in this lane's columns, log2 units.
   template <int kRun, int kSize>
@@ -375,21 +375,14 @@ class SparseForwardSm90Rows {
     top[0] = fmaxf(tops[0], tops[1]) * p_.scale_log2;
     top[1] = fmaxf(tops[2], tops[3]) * p_.scale_log2;
   }
-  /// Raises the maxima of the rows where a run's scores are too high for them.
-  template <int kRun, int kSize>
-  __device__ __forceinline__ void follow_tops(const float (&top)[2], float lazy_log2,
-                                              float (&s)[kSize]) {
-    constexpr int kFirst = kRun * kRunK / 2;
+  /// Whether a run's scores are too high for the maxima of the warp's rows.
+  __device__ __forceinline__ bool is_high(const float (&top)[2], float lazy_log2) const {
     const bool is_high = top[0] > row_max_[0] + lazy_log2 || top[1] > row_max_[1] + lazy_log2;
-    if (__any_sync(kAllLanes, is_high)) {
-      raise(top);
-#pragma unroll
-      for (int n = 0; n < kFirst; ++n) s[n] *= last_factor_[n / 2 % 2];
-    }
+    return __any_sync(kAllLanes, is_high) != 0;
   }
-  /// S of a run becomes P.
+  /// S of a run becomes P, whose sum is added to `total`.
   template <int kRun, int kSize>
-  __device__ __forceinline__ void exponentials(float (&s)[kSize]) {
+  __device__ __forceinline__ void exponentials(float (&s)[kSize], float (&total)[2]) {
     constexpr int kFirst = kRun * kRunK / 2;
     float sums[2] = {0.0f, 0.0f};
     // -inf - -inf is NaN: a row without keys so far is shifted by nothing.
@@ -400,11 +393,13 @@ class SparseForwardSm90Rows {
       s[n] = exp2_approx(fmaf(s[n], p_.scale_log2, offsets[n / 2 % 2]));
       sums[n / 2 % 2] += s[n];
     }
-    row_sum_[0] += sums[0];
-    row_sum_[1] += sums[1];
+    total[0] += sums[0];
+    total[1] += sums[1];
   }
-  /// Raises the maxima of the warp's rows to what a run has, `top` of this lane's columns.
-  __device__ __forceinline__ void raise(const float (&top)[2]) {
+  /// Raises the maxima of the warp's rows to what a run has, `top` of this lane's columns; those
+  /// before it in the tile follow.
+  template <int kRun, int kSize>
+  __device__ __forceinline__ void raise(const float (&top)[2], float (&s)[kSize]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float raised = fmaxf(row_max_[half], quad_max(top[half]));
@@ -415,6 +410,8 @@ class SparseForwardSm90Rows {
       row_sum_[half] *= factor;
     }
     is_raised_ = true;
+#pragma unroll
+    for (int n = 0; n < kRun * kRunK / 2; ++n) s[n] *= last_factor_[n / 2 % 2];
   }
   /// Columns past the last key of a run: S = -inf.
   template <int kKeys>

@@ -23,8 +23,10 @@ struct SparseForwardSm90Traits {
   static constexpr int kSlots = kHeadDim == 64 ? 12 : 6;
   // Whether the warpgroups start their products one after the other, so that the softmax of one
   // runs beside the products of the other: 17 % faster at head_dim 64, where the exponentials take
-  // as long as the products, and 1 % slower at 128 (docs/performance-log.md).
-  static constexpr bool kTakesTurns = kHeadDim == 64;
+  // as long as the products, and 1 % slower at 128 (docs/performance-log.md). At 128 with a skip
+  // rule: not timed yet.
+  static constexpr bool kSkipTakesTurns = false;
+  static constexpr bool kTakesTurns = kHeadDim == 64 || (kHasSkip && kSkipTakesTurns);
   static constexpr int kThreads = 384, kMultiplyWarps = 8;
   // Lists are two blocks ahead of the loads, and these half as many as there are slots.
   static constexpr int kPlaces = 15;
@@ -44,32 +46,34 @@ struct BlockPlace {
                    // 0, or -1 for a protected block
 };
 
-/// What those who load say of a tile of keys.
+/// What those who load say of a tile.
 struct TileInfo {
   uint32_t num_keys;  // of the first run, and 256 times those of the second; kEnd: no more tiles
   int32_t block;      // whether a query block begins: its entry in `places`, else -1; or kLinear
   static constexpr uint32_t kEnd = 255, kFull = 64 + 256 * 64;
   static constexpr int32_t kLinear = -2;  // the linear tile: Z_i among the keys, H_i as values
-  // In num_keys with a skip rule, above the counts: runs that nobody is asked about.
-  static constexpr uint32_t kIsKept = 1u << 16, kIsSecondKept = 1u << 17, kCounts = (1u << 16) - 1;
+  // With a skip rule: num_keys of a tile of values, the runs that stay.
+  static constexpr uint32_t kFirstStays = 1, kSecondStays = 2;
 
   __device__ bool has_second() const { return num_keys >= 256; }
-  __device__ bool has_second_run() const { return (num_keys & kCounts) >= 256; }  // skip rule
 };
 
-/// How the warps that multiply vote on a tile under a skip rule: in round 0 on both of its runs, in
-/// round 1, if both are wanted, on the second one once more.
+/// How the warps that multiply vote on a tile under a skip rule: which of their rows want a run.
 template <bool kHasSkip>
 struct Votes {};
 template <>
 struct Votes<true> {
   static constexpr int kWarps = 8;
-  // A vote: wishes, and how many of the warp's rows do without each run.
-  static constexpr uint32_t kWantsFirst = 1, kWantsSecond = 2;
-  static constexpr int kPassesFirst = 8, kPassesSecond = 16;  // shifts
-  int num_passes;                                             // rows of the query block so far
-  Barrier cast[2];                                            // by round
-  alignas(16) uint32_t words[2][2][kWarps];                   // by round; by turns
+  // Votes on the first run, on the second one if the first stays, and if it does not: the limits
+  // are then different ones under SkipReference::kKeptLse, and else only the former are cast.
+  static constexpr int kFirst = 0, kSecond = 1, kSecondAlone = 2, kKinds = 3;
+  // A vote: a bit for each row g and g + 8, 4 g and 4 g + 1, and one that tells it from none.
+  static constexpr uint32_t kRows = 0x11111111, kIsCast = 4;
+  int num_passes;  // rows of the query block so far that did without a run
+  // Tiles by turns. The warp that loads values clears a tile's words when it has counted them all,
+  // and only then lets anybody have the values of the next tile. As each warp waits for these
+  // before it votes on the tile after that, no vote meets another one in its place.
+  uint32_t words[2][kKinds][kWarps];
 };
 
 template <class Traits>
