@@ -178,10 +178,19 @@ class SparseForwardSm90SkipRows : SparseForwardSm90Rows<Traits> {
       cast(Cast::kFirst, first, limit);
     }
     follow<0>(first, s);
-    this->template exponentials<0>(s, sums_[0]);
     if constexpr (kKeys > kRunK) {
       this->template find_lane_tops<1>(s, second);
-      if (!is_tile_a_block()) cast_second(second, limit);
+      if (!is_tile_a_block()) {
+        if (is_running_max()) find_limits(limit, row_sum_);
+        cast(is_running_max() ? Cast::kSecond : Cast::kSecondAlone, second, limit);
+      }
+    }
+    this->template exponentials<0>(s, sums_[0]);
+    if constexpr (kKeys > kRunK) {
+      if (!is_tile_a_block() && !is_running_max()) {
+        find_limits(limit, {row_sum_[0] + sums_[0][0], row_sum_[1] + sums_[0][1]});
+        cast(Cast::kSecond, second, limit);
+      }
       follow<1>(second, s);
     }
     const bool is_raised = this->is_raised_;
@@ -214,21 +223,15 @@ class SparseForwardSm90SkipRows : SparseForwardSm90Rows<Traits> {
     }
     if (lane_ == 0) post(shared_.votes.words[turn_][kind][warp_index() - 4], rows);
   }
-  /// `limit_alone`: the limits if the first run does not stay.
-  __device__ __forceinline__ void cast_second(const float (&top)[2],
-                                              const float (&limit_alone)[2]) {
-    if (!is_running_max()) cast(Cast::kSecondAlone, top, limit_alone);
-    float limit[2];
-    find_limits(limit, {row_sum_[0] + sums_[0][0], row_sum_[1] + sums_[0][1]});
-    cast(Cast::kSecond, top, limit);
-  }
   /// What the next scores of the rows must reach, log2 units. Of rows without keys so far: -inf.
   __device__ __forceinline__ void find_limits(float (&limit)[2], const float (&row_sum)[2]) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float above = is_running_max() ? 0.0f : __log2f(quad_sum(row_sum[half]));
-      limit[half] = row_max_[half] + above + threshold_log2_;
+    float above[2] = {0.0f, 0.0f};
+    if (!is_running_max()) {
+      above[0] = __log2f(quad_sum(row_sum[0]));
+      above[1] = __log2f(quad_sum(row_sum[1]));
     }
+    limit[0] = row_max_[0] + above[0] + threshold_log2_;
+    limit[1] = row_max_[1] + above[1] + threshold_log2_;
   }
   /// Raises the maxima of the rows where a run's scores are too high for them; maxima lag behind
   /// where the rule does not ask for them. Those of a run that is skipped do no harm: they are only
