@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if constexpr (Traits::kHasSkip) {
     constexpr int kWords = sizeof(shared.votes.words) / sizeof(uint32_t);
     if (threadIdx.x < kWords) (&shared.votes.words[0][0][0])[threadIdx.x] = 0;
+    if (threadIdx.x < 2) shared.votes.decisions[threadIdx.x] = 0;
   }
   __syncthreads();
   if (warp_index() < 4) {

@@ -291,7 +291,7 @@ class SparseForwardSm90Loader {
   /// The vote of the warp that multiplies rows 16 lane.. of the query block, if it has cast one.
   __device__ __forceinline__ uint32_t vote(int kind) const {
     if (lane_index() >= Cast::kWarps) return Cast::kIsCast;
-    return posted(shared_.votes.words[turn_][kind][lane_index()]);
+    return posted(shared_.votes.words[turn_ & 1][kind][lane_index()]);
   }
   __device__ __forceinline__ static bool is_each_cast(uint32_t vote) {
     return __all_sync(kAllLanes, (vote & Cast::kIsCast) != 0) != 0;
@@ -305,6 +305,12 @@ class SparseForwardSm90Loader {
       __nanosleep(kPauseNs);
     }
   }
+  /// Those who wait for what becomes of the tile.
+  __device__ __forceinline__ void tell(uint32_t decision) {
+    if (Traits::kSkipWaits && lane_index() == 0) {
+      post(shared_.votes.decisions[turn_ & 1], decision | Cast::use_of(turn_));
+    }
+  }
   /// How many rows do without a run. Clears the votes.
   __device__ __forceinline__ int count_passes(int kind) {
     uint32_t own = vote(kind);
@@ -312,7 +318,7 @@ class SparseForwardSm90Loader {
       __nanosleep(kPauseNs);
       own = vote(kind);
     }
-    if (lane_index() < Cast::kWarps) shared_.votes.words[turn_][kind][lane_index()] = 0;
+    if (lane_index() < Cast::kWarps) shared_.votes.words[turn_ & 1][kind][lane_index()] = 0;
     return static_cast<int>(
         __reduce_add_sync(kAllLanes, static_cast<unsigned>(__popc(~own & voting_rows_))));
   }
@@ -327,6 +333,8 @@ class SparseForwardSm90Loader {
     const bool is_second_kept = is_protected || second.is_protected;
     wait(shared_.empty[ring_.slot], ring_.parity ^ 1);
     const bool keeps_first = is_first_kept || is_wanted(Cast::kFirst);
+    uint32_t stays = keeps_first ? TileInfo::kFirstStays : 0;
+    tell(stays | Cast::kFirstKnown);
     if (keeps_first) {
       if (first.num_keys > 0) keep(first.block);
       if (elect_one()) load_run(first, 0, at);
@@ -340,12 +348,13 @@ class SparseForwardSm90Loader {
       keeps_second = is_second_kept || is_wanted(is_alone ? Cast::kSecondAlone : Cast::kSecond);
       if (keeps_second) keep(second.block);
     }
+    if (keeps_second) stays |= TileInfo::kSecondStays;
+    tell(stays | Cast::kFirstKnown | Cast::kSecondKnown);
     if (elect_one()) {
       Barrier& full = shared_.full[ring_.slot];
       if (keeps_second) load_run(second, kRunK * 128, at);
       const uint32_t num_runs = (keeps_first ? 1 : 0) + (keeps_second ? 1 : 0);
-      shared_.infos[ring_.slot].num_keys =
-          (keeps_first ? TileInfo::kFirstStays : 0) | (keeps_second ? TileInfo::kSecondStays : 0);
+      shared_.infos[ring_.slot].num_keys = stays;
       if (num_runs > 0) {
         arrive_expecting(full, num_runs * kRunBytes);
       } else {
@@ -364,7 +373,7 @@ class SparseForwardSm90Loader {
       if (!is_second_kept) num_passes += of_second;
     }
     if (lane_index() == 0) shared_.votes.num_passes += num_passes;
-    turn_ ^= 1;
+    ++turn_;
     advance();
   }
   __device__ bool has_two_votes() const {
@@ -429,7 +438,7 @@ class SparseForwardSm90Loader {
   SparseForwardSm90Shared<Traits>& shared_;
   RingCursor<Traits::kSlots> ring_;
   bool is_first_ = true;
-  // With a skip rule: the turn of the next tile's votes; the lane's warp's rows, as they vote.
+  // With a skip rule: the number of the next tile; the lane's warp's rows, as they vote.
   uint32_t turn_ = 0, voting_rows_ = 0;
 };
 

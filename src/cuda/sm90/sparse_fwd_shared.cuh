@@ -26,6 +26,9 @@ struct SparseForwardSm90Traits {
   // as long as the products, and 1 % slower at 128 (docs/performance-log.md). At 128 with a skip
   // rule: not timed yet.
   static constexpr bool kSkipTakesTurns = false;
+  // With a skip rule: whether a warp that does without a run waits for the others' votes. If not,
+  // it makes P anyway, beside the other warpgroup's products.
+  static constexpr bool kSkipWaits = true;
   static constexpr bool kTakesTurns = kHeadDim == 64 || (kHasSkip && kSkipTakesTurns);
   static constexpr int kThreads = 384, kMultiplyWarps = 8;
   // Lists are two blocks ahead of the loads, and these half as many as there are slots.
@@ -74,6 +77,12 @@ struct Votes<true> {
   // and only then lets anybody have the values of the next tile. As each warp waits for these
   // before it votes on the tile after that, no vote meets another one in its place.
   uint32_t words[2][kKinds][kWarps];
+  // What becomes of a tile, as soon as it is sure: TileInfo's bits for the runs that stay, those of
+  // which it is known, and one that changes from use to use. By turns like the votes: the next use
+  // comes after each warp's vote on the tile between.
+  static constexpr uint32_t kFirstKnown = 4, kSecondKnown = 8, kUse = 16;
+  uint32_t decisions[2];
+  __device__ static uint32_t use_of(uint32_t turn) { return (turn & 2) != 0 ? 0 : kUse; }
 };
 
 template <class Traits>

@@ -5,11 +5,11 @@
 //     max S < m + ln lambda  or  max S < ln l + lambda,
 // leaves no trace: no exponentials, no product with its values, and these are not loaded.
 //
-// Nobody who multiplies waits for a decision. Each warp votes for its rows on both runs of a tile
-// and makes P of it whatever becomes of it; whether the tile stays is known only when its values
-// are there, or will not come, and by then the scores of the next one are done as well. A skipped
-// tile takes exponentials, as they run beside the other warpgroup's products, but no time for
-// waiting.
+// Each warp votes for its rows on both runs of a tile. One that wants a run goes on with it at
+// once: it stays, whatever the others say. One that does not waits until the warp that loads values
+// tells it what becomes of the run, or makes P of it all the same (kSkipWaits). Whether P is
+// multiplied is asked only when the values are there, or will not come, and by then the scores of
+// the next tile are done as well: no vote stands between the tiles.
 //
 // The second run of a tile is compared with limits that depend on the first one. The running
 // maximum does not: all rows of a run that is skipped lie below it. The sum of the keys that stay
@@ -171,39 +171,46 @@ class SparseForwardSm90SkipRows : SparseForwardSm90Rows<Traits> {
     this->template start_softmax<kKeys>(s, tile);
     float first[2], second[2];
     this->template find_lane_tops<0>(s, first);
+    bool wants_first, wants_second = false;
     if (kKeys > kRunK && is_tile_a_block()) {
       this->template find_lane_tops<1>(s, second);
-      cast(Cast::kFirst, {fmaxf(first[0], second[0]), fmaxf(first[1], second[1])}, limit);
+      const float both[2] = {fmaxf(first[0], second[0]), fmaxf(first[1], second[1])};
+      wants_first = wants_second = cast(Cast::kFirst, both, limit);
     } else {
-      cast(Cast::kFirst, first, limit);
+      wants_first = cast(Cast::kFirst, first, limit);
     }
     follow<0>(first, s);
     if constexpr (kKeys > kRunK) {
       this->template find_lane_tops<1>(s, second);
       if (!is_tile_a_block()) {
         if (is_running_max()) find_limits(limit, row_sum_);
-        cast(is_running_max() ? Cast::kSecond : Cast::kSecondAlone, second, limit);
+        wants_second = cast(is_running_max() ? Cast::kSecond : Cast::kSecondAlone, second, limit);
       }
     }
-    this->template exponentials<0>(s, sums_[0]);
+    const bool has_first = is_wanted(wants_first, Cast::kFirstKnown, kFirst);
+    if (has_first) this->template exponentials<0>(s, sums_[0]);
+    bool has_second = false;
     if constexpr (kKeys > kRunK) {
       if (!is_tile_a_block() && !is_running_max()) {
         find_limits(limit, {row_sum_[0] + sums_[0][0], row_sum_[1] + sums_[0][1]});
-        cast(Cast::kSecond, second, limit);
+        wants_second = cast(Cast::kSecond, second, limit) || wants_second;
       }
-      follow<1>(second, s);
+      has_second = is_wanted(wants_second, Cast::kSecondKnown, kSecond);
+      if (has_second) follow<1>(second, s);
     }
     const bool is_raised = this->is_raised_;
     if constexpr (kStays != 0) {
       wgmma_wait<0>();
       this->release(v_slot);
     }
-    this->template pack_p<0>(s);
+    if (has_first) this->template pack_p<0>(s);
     if constexpr (kKeys > kRunK) {
-      this->template exponentials<1>(s, sums_[1]);
-      this->template pack_p<1>(s);
+      if (has_second) {
+        this->template exponentials<1>(s, sums_[1]);
+        this->template pack_p<1>(s);
+      }
     }
-    turn_ ^= 1;
+    ++turn_;
     if (is_raised) this->rescale();
   }
 
@@ -212,7 +219,7 @@ class SparseForwardSm90SkipRows : SparseForwardSm90Rows<Traits> {
   __device__ bool is_running_max() const { return p_.skip.reference == SkipReference::kRunningMax; }
 
   /// The warp's vote: rows that are not below their limits. `top`: of this lane's columns.
-  __device__ __forceinline__ void cast(int kind, const float (&top)[2], const float (&limit)[2]) {
+  __device__ __forceinline__ bool cast(int kind, const float (&top)[2], const float (&limit)[2]) {
     uint32_t rows = Cast::kIsCast;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -221,7 +228,18 @@ class SparseForwardSm90SkipRows : SparseForwardSm90Rows<Traits> {
       lanes |= lanes >> 2;  // the first lane of each row speaks for all four
       rows |= (lanes & Cast::kRows) << half;
     }
-    if (lane_ == 0) post(shared_.votes.words[turn_][kind][warp_index() - 4], rows);
+    if (lane_ == 0) post(shared_.votes.words[turn_ & 1][kind][warp_index() - 4], rows);
+    return rows != Cast::kIsCast;
+  }
+  /// Whether P of a run is wanted: where this warp `wants` it, or as soon as others do.
+  __device__ __forceinline__ bool is_wanted(bool wants, uint32_t known, uint32_t stays) const {
+    if (!Traits::kSkipWaits || wants) return true;
+    const uint32_t sure = known | Cast::use_of(turn_);
+    uint32_t decision;
+    do {
+      decision = posted(shared_.votes.decisions[turn_ & 1]);
+    } while ((decision & (known | Cast::kUse)) != sure);
+    return __any_sync(kAllLanes, (decision & stays) != 0) != 0;
   }
   /// What the next scores of the rows must reach, log2 units. Of rows without keys so far: -inf.
   __device__ __forceinline__ void find_limits(float (&limit)[2], const float (&row_sum)[2]) const {
@@ -248,7 +266,7 @@ class SparseForwardSm90SkipRows : SparseForwardSm90Rows<Traits> {
 
   const float& threshold_log2_;
   float sums_[2][2];   // of P of the last tile: by run; those of this lane's columns
-  uint32_t turn_ = 0;  // of the next tile's votes
+  uint32_t turn_ = 0;  // the number of the next tile
 };
 
 }  // namespace sparline::cuda
