@@ -27,7 +27,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,197 +36,31 @@ from typing import Any
 import torch
 from clock import DTYPE, Clock, ceilings, describe_machine, kernel_times, slug
 from peers import Peer, PeerError, find_peers
+from suites import (
+    BLOCKS,
+    SUITES,
+    Row,
+    baseline_key,
+    blocks_of,
+    grid_of,
+    has_map,
+    rows_of,
+    setting_of,
+)
 from torch import Tensor
 
 import sparline
-from sparline import BLASST, METHODS, SLA, SLA2, Dense, DynSparse, LowBit, Weights
+from sparline import SLA, SLA2, Dense, DynSparse, LowBit, Weights
 from sparline.accounting import block_sparsity, flops
 from sparline.bench import WORKLOADS, Workload, learned_weights
 from sparline.density import kept_share
-from sparline.methods import BlockRouter, ChunkRouter, Method
+from sparline.methods import ChunkRouter, Method
 
-SUITES = ("targets", "methods", "workloads", "scaling")
-BLOCKS: dict[str, Any] = {"block_q": 128, "block_k": 64}
-KEEP_RATIOS = (0.10, 0.05, 0.03)
-#: The in-loop methods have no default threshold.
-IN_LOOP_THRESHOLDS = {"dynsparse": -5.0, "blasst": -3.0}
-#: Key blocks that every query block keeps in the suite "scaling".
-SCALING_BLOCKS = 24
 #: Input sets take turns until they are several times as large as the cache.
 CACHE_BYTES, MOST_SETS = 60 << 20, 6
 #: What the process ends with when the device answers no more.
 LOST_CONTEXT = 86
 MOST_STARTS = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One measurement: a method or a peer, in a direction, on a workload."""
-
-    suite: str
-    workload: Workload
-    name: str  # of the method in METHODS, or of the peer
-    method: Method | None = None  # None: a peer
-    direction: str = "fwd"
-    keep_ratio: float = 1.0
-    inputs: str = "gaussian"
-    part: str = "operator"  # or "router", "sparse" (the sparse branch alone, its map given)
-
-    @property
-    def label(self) -> str:
-        words = [self.workload.name, self.direction, self.name]
-        words += [f"keep {self.keep_ratio:.3g}"] * (self.keep_ratio < 1)
-        words += [self.part] * (self.part != "operator")
-        if self.method is not None:
-            words += [
-                getattr(self.method, "linear_scope", "")
-            ] * self.method.recipe.has_linear_branch
-            words += ["low-bit"] * (self.method.low_bit is not None)
-            words += [setting_of(self.method)]
-        return " ".join(word for word in [*words, self.inputs] if word)
-
-
-# The suites -------------------------------------------------------------------------------------
-
-
-def rows_of(suites: Sequence[str], names: Sequence[str] | None, quick: bool) -> list[Row]:
-    chosen = [name for name in names or () if name in WORKLOADS or name in EXTRA]
-    if unknown := sorted(set(names or ()) - set(chosen)):
-        raise SystemExit(f"--workload: there is no {', '.join(unknown)}")
-    main = [workload_of(name) for name in chosen] or [WORKLOADS["wan1.3b-480p"]]
-    found: list[Row] = []
-    for suite in suites:
-        if suite == "targets":
-            for workload in main:
-                found += quick_rows(workload) if quick else target_rows(workload)
-        elif suite == "methods":
-            for workload in main:
-                found += method_rows(workload)
-        elif suite == "workloads":
-            names = chosen or ["flux-1k", "cog5b", "wan1.3b-480p", "wan14b-720p", "hunyuan-720p"]
-            for name in names:
-                found += workload_rows(workload_of(name))
-        elif suite == "scaling":
-            found += scaling_rows(small="tiny" in chosen)
-        else:
-            raise SystemExit(f"--suite: it must be of {', '.join(SUITES)}, got {suite!r}")
-    return found
-
-
-#: To try the benchmark where it would take too long.
-EXTRA = {"tiny": Workload("tiny", "to try the benchmark itself", (2, 16, 20), 2, 64)}
-
-
-def workload_of(name: str) -> Workload:
-    return WORKLOADS.get(name) or EXTRA[name]
-
-
-def baselines(suite: str, workload: Workload, direction: str, inputs: str) -> list[Row]:
-    return [
-        Row(suite, workload, name, direction=direction, inputs=inputs) for name in ("cudnn", "fa2")
-    ]
-
-
-def sparse_linear(keep_ratio: float) -> dict[str, Method]:
-    return {
-        "sla": SLA.paper(keep_ratio=keep_ratio, **BLOCKS),
-        "sla1": SLA.sla1(keep_ratio=keep_ratio, **BLOCKS),
-        "sla_main": SLA.sla_main(keep_ratio=keep_ratio, **BLOCKS),
-        "sla2": SLA2(keep_ratio=keep_ratio, **BLOCKS),
-    }
-
-
-def quick_rows(workload: Workload) -> list[Row]:
-    row = partial(Row, "quick", workload)
-    found: list[Row] = []
-    for direction in ("fwd", "bwd"):
-        found += baselines("quick", workload, direction, "gaussian")
-        found.append(row("dense", Dense(), direction))
-        for keep_ratio in (0.05, 0.03):
-            methods = sparse_linear(keep_ratio)
-            found += [row(n, methods[n], direction, keep_ratio) for n in ("sla", "sla2")]
-            sparse = SLA.sparse_only(keep_ratio=keep_ratio, **BLOCKS)
-            found.append(row("sparse", sparse, direction, keep_ratio, part="sparse"))
-    found.append(row("sla", sparse_linear(0.05)["sla"], "fwd", 0.05, part="router"))
-    return found
-
-
-def target_rows(workload: Workload) -> list[Row]:
-    """What the project set out to reach, and the peers at equal density."""
-    row = partial(Row, "targets", workload)
-    found: list[Row] = []
-    for direction in ("fwd", "bwd"):
-        found += baselines("targets", workload, direction, "gaussian")
-        found.append(row("dense", Dense(), direction))
-        for keep_ratio in KEEP_RATIOS:
-            methods = sparse_linear(keep_ratio)
-            found += [row(name, method, direction, keep_ratio) for name, method in methods.items()]
-            sparse = SLA.sparse_only(keep_ratio=keep_ratio, **BLOCKS)
-            found.append(row("sparse", sparse, direction, keep_ratio, part="sparse"))
-        for name in ("flex", "triton_sla_main", "triton_sla_sla1"):
-            found += [row(name, None, direction, ratio) for ratio in KEEP_RATIOS]
-    for name in ("sla", "sla2"):
-        found.append(row(name, sparse_linear(0.05)[name], "fwd", 0.05, part="router"))
-    low_bit = {"low_bit": LowBit()}
-    found.append(row("dense", Dense(**low_bit)))
-    found.append(row("sla2", SLA2(keep_ratio=0.03, **low_bit, **BLOCKS), "fwd", 0.03))
-    return found + in_loop_rows(workload)
-
-
-def in_loop_rows(workload: Workload) -> list[Row]:
-    """Time against the share of tiles that are skipped, on inputs where some can be."""
-    row = partial(Row, "targets", workload, inputs="video")
-    found: list[Row] = []
-    for direction in ("fwd", "bwd"):
-        found += baselines("targets", workload, direction, "video")
-        found.append(row("dense", Dense(), direction))
-        for threshold in (-math.inf, -9.0, -6.0, -4.0, -2.0):
-            found.append(row("dynsparse", DynSparse(log_threshold=threshold), direction))
-    found += [row("blasst", BLASST(log_threshold=x)) for x in (-6.0, -4.0, -2.0)]
-    return found
-
-
-def method_rows(workload: Workload) -> list[Row]:
-    """Every method by name, at its defaults, on video-like inputs."""
-    found: list[Row] = []
-    for direction in ("fwd", "bwd"):
-        found += baselines("methods", workload, direction, "video")
-        for name in METHODS:
-            options = (
-                {"log_threshold": IN_LOOP_THRESHOLDS[name]} if name in IN_LOOP_THRESHOLDS else {}
-            )
-            method = sparline.method(name, **options)
-            keep_ratio = getattr(method, "keep_ratio", 1.0)
-            found.append(Row("methods", workload, name, method, direction, keep_ratio, "video"))
-    return found
-
-
-def workload_rows(workload: Workload) -> list[Row]:
-    found: list[Row] = []
-    for direction in ("fwd", "bwd"):
-        found += baselines("workloads", workload, direction, "gaussian")
-        for keep_ratio in (0.05, 0.03):
-            methods = sparse_linear(keep_ratio)
-            found += [
-                Row("workloads", workload, name, methods[name], direction, keep_ratio)
-                for name in ("sla", "sla2")
-            ]
-    return found
-
-
-def scaling_rows(small: bool = False) -> list[Row]:
-    """A fixed number of critical blocks for each row: twice the tokens should take twice as long,
-    apart from the scores of the router."""
-    found: list[Row] = []
-    for length in (1024, 2048) if small else (16384, 32768, 65536, 131072):
-        workload = Workload(f"n{length // 1024}k", "scaling", (1, length // 64, 64), 12, 128)
-        keep_ratio = (SCALING_BLOCKS + 0.5) / math.ceil(length / BLOCKS["block_k"])
-        methods = sparse_linear(min(1.0, keep_ratio))
-        for direction in ("fwd", "bwd"):
-            for name in ("sla", "sla2"):
-                row = Row("scaling", workload, name, methods[name], direction, keep_ratio)
-                found.append(row)
-    return found
 
 
 # Inputs -----------------------------------------------------------------------------------------
@@ -437,31 +271,6 @@ class Bench:
                 raise ArithmeticError(f"differs from the reference by {error:.2e} (relative L2)")
 
 
-def grid_of(row: Row) -> Any:
-    needs_grid = row.method is not None and row.method.recipe.needs_grid
-    return row.workload.place if needs_grid else None
-
-
-def has_map(row: Row) -> bool:
-    """Whether the operator would take the router's map from the caller."""
-    router = None if row.method is None else row.method.recipe.router
-    return row.part == "operator" and isinstance(router, BlockRouter) and router.mode == "hard"
-
-
-def setting_of(method: Method) -> str:
-    if isinstance(method, (DynSparse, BLASST)):
-        return f"log_threshold={method.log_threshold:g}"
-    return ""
-
-
-def blocks_of(row: Row) -> str | None:
-    if row.method is None:
-        return {"flex": "128x128", "triton_sla_main": "128x64", "triton_sla_sla1": "128x64"}.get(
-            row.name
-        )
-    return f"{row.method.recipe.block_q}x{row.method.recipe.block_k}"
-
-
 # Kernels ----------------------------------------------------------------------------------------
 
 #: What is taken apart with --profile.
@@ -507,10 +316,6 @@ def profile(bench: Bench, workload: Workload) -> Iterator[dict[str, Any]]:
 
 
 # The run ----------------------------------------------------------------------------------------
-
-
-def baseline_key(row: Row) -> str:
-    return "|".join((row.workload.name, row.direction, row.inputs))
 
 
 def run_rows(args: argparse.Namespace, state_file: Path) -> int:
