@@ -95,7 +95,7 @@ FORWARD = [
     Stage("pooling of q and k", r"^pool|block_sums|^mean_kernel", lambda s: 2 * s.rows),
     Stage(
         "scores of blocks",
-        r"^product_kernel|^fold_kernel|scores",
+        r"^product_kernel|^fold_kernel|^route_tile|scores",
         lambda s: s.pairs * F32,
         lambda s: 2.0 * s.pairs * s.d,
     ),

@@ -330,6 +330,8 @@ def run_rows(args: argparse.Namespace, state_file: Path) -> int:
     rows = [r for r in rows if r.method is not None or r.name in wanted]
     if args.only is not None:
         matches = {r.label for r in rows if re.search(args.only, r.label)}
+        if not matches:
+            raise SystemExit(f"--only: no row's label matches {args.only!r}")
         keys = {baseline_key(r) for r in rows if r.label in matches}
         rows = [
             r

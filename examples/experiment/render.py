@@ -296,9 +296,8 @@ def plot(path: Path, results: list[Result]) -> None:
         1, 3, figsize=(16, 4.8), layout="constrained"
     )
     for name in PLOTTED:
-        rows = [
-            first for first, *_ in by_row(results) if first["row"] == name and first["seed"] == 0
-        ]
+        own = [r for r in results if r["row"] == name and r["seed"] == 0]
+        rows = [first for first, *_ in by_row(own)]
         if not rows:
             continue
         words = rows[0]["words"]

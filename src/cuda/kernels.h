@@ -31,8 +31,8 @@ void fill_block_table(std::span<const Segment> segments, int block_rows,
 /// common/pool.cu
 void block_sums(const Frame& frame, const Axis& axis, DType dtype, const Rows& rows, int num_heads,
                 float* sums, void* stream);
-/// means[b][head][sequence][d] = the mean row of a sequence, from the sums of its blocks, in block
-/// order.
+/// means[b][head][sequence][d] = the mean row of a sequence, from the sums of its blocks, in a
+/// fixed order.
 void sequence_means(const Frame& frame, const Axis& axis, int num_heads, const float* sums,
                     float* means, void* stream);
 

@@ -949,7 +949,8 @@ TEST(Route, LongRows) {
         cuda::emulator::set_device(arch, /*num_multiprocessors=*/num_key_blocks % 2 ? 3 : 132);
         Case c = plain_case();
         Problem& p = c.problem;
-        p.num_heads = variant == 1 ? 2 : 1;
+        p.batch = p.num_heads = variant == 1 ? 2 : 1;
+        p.num_kv_heads = 1;
         p.head_dim = num_key_blocks == 511 ? 128 : 32;
         p.block_q = p.block_k = 16;
         p.num_queries = 16 * (variant == 2 ? 24 : 51);

@@ -15,7 +15,7 @@ __global__ void probe_kernel() { begin_kernel(); }
 bool picks_code_that_waits() {
   cudaFuncAttributes attributes{};
   check(cudaFuncGetAttributes(&attributes, probe_kernel), "looking up a kernel");
-  return attributes.ptxVersion >= 90;  // as in begin_kernel
+  return attributes.ptxVersion >= 90;  // as in await_last_kernel
 }
 
 }  // namespace

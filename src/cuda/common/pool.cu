@@ -193,7 +193,10 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(const PoolParams params)
   __shared__ float warp_squares[kWarps];
 
   int32_t idx = static_cast<int32_t>(blockIdx.x);
-  const bool is_early = params.first_mean < params.past_mean;
+  // Tables are of this call: they are read where its kernels before have ended for sure.
+  const bool is_early = params.first_mean < params.past_mean &&
+                        params.jobs[0].axis.table == nullptr &&
+                        params.jobs[0].rows.order == nullptr;
   if (!is_early) await_last_kernel();
   admit_next_kernel();
   if constexpr (!kIsSimilarity) {

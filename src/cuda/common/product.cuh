@@ -28,15 +28,15 @@ struct Product {
   Axis rows;  // with a table, tiles without two blocks of one sequence are left out
 };
 
-/// Tile `tile` of `tile_rows` rows, counted over all z.
+/// Tile `tile` of 64 rows, counted over all z.
 struct RowTile {
   int64_t z = 0;
   int32_t first = 0;
 
-  SPARLINE_HOST_DEVICE RowTile(int64_t tile, int32_t num_rows, int32_t tile_rows = kTileRows) {
-    const int32_t tiles = (num_rows + tile_rows - 1) / tile_rows;
+  SPARLINE_HOST_DEVICE RowTile(int64_t tile, int32_t num_rows) {
+    const int32_t tiles = (num_rows + kTileRows - 1) / kTileRows;
     z = tile / tiles;
-    first = static_cast<int32_t>(tile % tiles) * tile_rows;
+    first = static_cast<int32_t>(tile % tiles) * kTileRows;
   }
   SPARLINE_HOST_DEVICE int64_t row(int32_t num_rows) const { return z * num_rows + first; }
 };

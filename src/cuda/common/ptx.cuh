@@ -42,9 +42,9 @@ __device__ __forceinline__ void begin_kernel() {
 /// 16 bytes, aligned, that nothing writes while the kernel runs and no thread near reads again.
 __device__ __forceinline__ uint4 load_once(const void* global) {
   uint4 x;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-      : "l"(global));
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(global));
   return x;
 }
 

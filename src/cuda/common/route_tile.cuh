@@ -7,7 +7,7 @@
 //            64 key blocks at a time, 4 x 8 or 6 x 8 a thread
 //   Shared   pooled queries (rows, D); two or three slices of 16 columns of every warp's pooled
 //            keys, which it alone loads and reads; scores (rows, T_n)
-//   Classes  a warp for each row, which it holds in registers; more warps than multiply
+//   Classes  a warp for each row, which it holds in registers
 #pragma once
 
 #include "cuda/common/classify.cuh"

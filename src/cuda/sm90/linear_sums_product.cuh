@@ -158,7 +158,7 @@ class LinearProduct {
       for (int n = 0; n < kTileN; n += 32) {
         const float* const y = x + n / 2;
         const int f = tile.n * (kTileN / kHeadDim) + n / kHeadDim, d = n % kHeadDim;
-        // Past the cache: its place is for states, which are read again.
+        // First to leave the cache: its place is for states, which are read again.
         __stcs(reinterpret_cast<uint4*>(rows[half] + f * strides[half] + d + lane_ % 4 * 8),
                make_uint4(pack<bf16>(y[0], y[1]), pack<bf16>(y[4], y[5]), pack<bf16>(y[8], y[9]),
                           pack<bf16>(y[12], y[13])));

@@ -161,8 +161,8 @@ __device__ __forceinline__ void fence_async_global() {
 __device__ __forceinline__ void count_up(uint32_t* counter) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
-/// Counts up without that: for reads that have ended. What a release waits for is stores, of the
-/// whole multiprocessor and for thousands of clocks.
+/// Counts up without that: for copies of which a barrier of this block has told that they arrived.
+/// What a release waits for is stores, of the whole multiprocessor and for thousands of clocks.
 __device__ __forceinline__ void count_reads(uint32_t* counter) {
   asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }

@@ -360,6 +360,10 @@ template <class T>
 T __ldcg(const T* at) {
   return *at;
 }
+template <class T>
+void __stcs(T* at, T value) {
+  *at = value;
+}
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
