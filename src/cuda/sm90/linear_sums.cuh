@@ -13,7 +13,7 @@
 //             of G takes key blocks and tiles of the product n, n + G, ..., head by head
 //   Tiles     states: a block of up to 64 keys. Product: 128 query blocks x 128 columns of a state,
 //             64 key blocks at a time
-//   Shared    W 32 KiB, 3 slots of 32 KiB for keys and values, 6 of 16 KiB for states
+//   Shared    W 32 KiB, 4 slots of 32 KiB for keys and values, 4 of 16 KiB for states
 //   Sync      load -> full[slot] -> use -> empty[slot] -> load, in both rings. Between CTAs,
 //             counters in global memory: states of a chunk are there, the map is there, the sums
 //             of a pair are done and its states may be overwritten. The launch is cooperative: no

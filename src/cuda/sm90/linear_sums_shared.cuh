@@ -17,14 +17,17 @@ struct LinearSumsTraits {
   static constexpr int kHeadDim = kHeadDim_;     // and features
   static constexpr int kSlices = kHeadDim / 64;  // of 64 columns, one behind the other
   static constexpr int kRunK = 64;               // keys of a block, at most
-  static constexpr int kKeySlots = kHeadDim == 64 ? 6 : 3;
-  static constexpr int kSumSlots = 6;
+  static constexpr int kKeySlots = kHeadDim == 64 ? 8 : 4;
+  static constexpr int kSumSlots = 4;
   static constexpr int kTileM = 128, kTileN = 128, kChunk = 64;  // of the product
   static constexpr int kAnnouncements = 4;  // of states, by each warpgroup, under way
   static constexpr int kSliceBytes = kRunK * 128;
   static constexpr int kThreads = 640, kSumWarps = 8;
   static constexpr int kLoadRegisters = 32, kStateRegisters = 104, kSumRegisters = 120;
   static_assert(kHeadDim % 64 == 0 && kHeadDim <= 128);
+  // A slot always serves the same of two warpgroups: one that has not waited for the phase before
+  // would take it for the next one's.
+  static_assert(kKeySlots % 2 == 0);
 };
 
 template <class Traits>
