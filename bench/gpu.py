@@ -331,7 +331,11 @@ def run_rows(args: argparse.Namespace, state_file: Path) -> int:
     if args.only is not None:
         matches = {r.label for r in rows if re.search(args.only, r.label)}
         if not matches:
-            raise SystemExit(f"--only: no row's label matches {args.only!r}")
+            raise SystemExit(
+                f"--only: it must match a row's label, and {args.only!r} matches none of "
+                f"{len(rows)}, such as {rows[-1].label!r}. --suite and --workload say which rows "
+                "there are."
+            )
         keys = {baseline_key(r) for r in rows if r.label in matches}
         rows = [
             r

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -100,6 +100,18 @@ def sparse_linear(keep_ratio: float) -> dict[str, Method]:
     }
 
 
+def ratio_rows(
+    row: Callable[..., Row], direction: str, keep_ratio: float, names: Sequence[str]
+) -> list[Row]:
+    """These methods with a linear branch, and the sparse branch alone."""
+    methods = sparse_linear(keep_ratio)
+    sparse = SLA.sparse_only(keep_ratio=keep_ratio, **BLOCKS)
+    return [
+        *(row(name, methods[name], direction, keep_ratio) for name in names),
+        row("sparse", sparse, direction, keep_ratio, part="sparse"),
+    ]
+
+
 def quick_rows(workload: Workload) -> list[Row]:
     row = partial(Row, "quick", workload)
     found: list[Row] = []
@@ -107,10 +119,7 @@ def quick_rows(workload: Workload) -> list[Row]:
         found += baselines("quick", workload, direction, "gaussian")
         found.append(row("dense", Dense(), direction))
         for keep_ratio in (0.05, 0.03):
-            methods = sparse_linear(keep_ratio)
-            found += [row(n, methods[n], direction, keep_ratio) for n in ("sla", "sla2")]
-            sparse = SLA.sparse_only(keep_ratio=keep_ratio, **BLOCKS)
-            found.append(row("sparse", sparse, direction, keep_ratio, part="sparse"))
+            found += ratio_rows(row, direction, keep_ratio, ("sla", "sla2"))
     found.append(row("sla", sparse_linear(0.05)["sla"], "fwd", 0.05, part="router"))
     return found
 
@@ -123,10 +132,7 @@ def target_rows(workload: Workload) -> list[Row]:
         found += baselines("targets", workload, direction, "gaussian")
         found.append(row("dense", Dense(), direction))
         for keep_ratio in KEEP_RATIOS:
-            methods = sparse_linear(keep_ratio)
-            found += [row(name, method, direction, keep_ratio) for name, method in methods.items()]
-            sparse = SLA.sparse_only(keep_ratio=keep_ratio, **BLOCKS)
-            found.append(row("sparse", sparse, direction, keep_ratio, part="sparse"))
+            found += ratio_rows(row, direction, keep_ratio, ("sla", "sla1", "sla_main", "sla2"))
         for name in ("flex", "triton_sla_main", "triton_sla_sla1"):
             found += [row(name, None, direction, ratio) for ratio in KEEP_RATIOS]
     for name in ("sla", "sla2"):
