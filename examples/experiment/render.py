@@ -105,9 +105,9 @@ def page(experiments: dict[str, list[Result]]) -> str:
         first = next((r for r in results if not r["is_free"]), results[0])
         devices = ", ".join(sorted({r["device"] for r in results}))
         parts.append(
-            f"## {first['num_tokens']:,} tokens\n".replace(",", " ")
-            + f"\n{first['steps']} steps of batch {first['batch']}, {first['data']}, on {devices}, "
-            f"torch {first['torch']}.\n\n![Losses](quality-{name}.png)\n"
+            f"## {first['num_tokens']:,} tokens, {first['steps']} steps\n".replace(",", " ", 1)
+            + f"\nBatches of {first['batch']}, {first['data']}, on {devices}, torch "
+            f"{first['torch']}.\n\n![Losses](quality-{name}.png)\n"
         )
         ratios = sorted({r["ratio"] for r in results if r["ratio"] is not None}, reverse=True)
         without = [r for r in results if r["ratio"] is None]
@@ -121,13 +121,13 @@ def page(experiments: dict[str, list[Result]]) -> str:
 
 
 def rows_of(everything: list[Result]) -> list[Result]:
-    """The results of rows, with the times of their steps: not of the continuation before them, nor
-    of the router."""
-    timed = {r["row"]: r for r in everything if r["kind"] == "time"}
+    """The results of rows, with the times of their steps at the ratio where they were timed: not of
+    the continuation before them, nor of the router."""
+    timed = {(r["row"], r["ratio"]): r for r in everything if r["kind"] == "time"}
     rows = [r for r in everything if r["kind"] in ("train", "free")]
     return [
-        {**r, **{n: x for n, x in timed[r["row"]].items() if n in ("ms", "peak_bytes")}}
-        if r["row"] in timed and r["kind"] == "train"
+        {**r, **{n: x for n, x in timed[at].items() if n in ("ms", "peak_bytes")}}
+        if (at := (r["row"], r["ratio"])) in timed and r["kind"] == "train"
         else r
         for r in rows
     ]
@@ -170,6 +170,7 @@ def cells(same: list[Result], results: list[Result]) -> list[str]:
     deltas = [d for r in same if (d := delta(r, results)) is not None]
     closed = [c for r in same if (c := gap_closed(r, results)) is not None]
     errors = first.get("attention_relative_l1", {}).values()
+    times = [r["ms"] for r in same if "ms" in r]  # of runs that had their GPU to themselves
     return [
         first["words"],
         str(len(same)),
@@ -180,7 +181,7 @@ def cells(same: list[Result], results: list[Result]) -> list[str]:
         pair(same, "noise"),
         pair(same, "clip"),
         f"{statistics.fmean(errors):.3f}" if errors else "",
-        f"{statistics.fmean(r['ms'] for r in same):.0f}" if "ms" in first else "",
+        f"{statistics.fmean(times):.0f}" if times else "",
         f"{max(r['peak_bytes'] for r in same) / 2**30:.1f}" if "peak_bytes" in first else "",
     ]
 
