@@ -26,17 +26,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from inputs import run_clip
 
 import sparline
-from sparline import demo, video
+from sparline import demo
 from sparline.bench import describe_machine
-from sparline.demo.pipeline import class_embeddings
-from sparline.inspect.capture import Capture, Sample
+from sparline.inspect.capture import Sample
 from sparline.inspect.measure import block_mass, measure_errors
 from sparline.methods import BLASST, SLA, Dense, DynSparse
-from sparline.train import data, objective
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "bench" / "results" / "captured.json"
@@ -57,7 +55,6 @@ METHODS = ("dense", "sparse", "top_p", "sla", "sla2", "vsa", "vmoba", "dynsparse
 THRESHOLDS = (*(0.5 * n for n in range(-18, -6)), *(0.25 * n for n in range(-12, 0)), -0.1)
 #: Of DynSparse, above a tile's fair share of the softmax, ln(block_k / N).
 BUDGETS = (-6.0, -4.0, -3.0, -2.0, -1.5, *(0.125 * n for n in range(-8, 17)), 2.5, 3.0, 4.0)
-SEED = 1
 
 Curve = list[tuple[float, float]]  # (recall, share of tiles skipped), by rising threshold
 
@@ -73,37 +70,15 @@ class Skips:
 # Samples ----------------------------------------------------------------------------------------
 
 
-def read_clip(path: Path, frames: int, height: int, width: int) -> torch.Tensor:
-    """(1, 3, T, H, W) in [-1, 1]; ``path`` is a video, or frames of that size as .npy."""
-    if path.suffix == ".npy":
-        pixels = np.load(path)
-    else:
-        pixels = video.read_window(path, frames, height, width)
-    if pixels.shape != (frames, height, width, 3):
-        raise SystemExit(
-            f"--clip: {path} must hold {frames} frames of {height} x {width} x 3, got an array of "
-            f"{' x '.join(map(str, pixels.shape))}. Pass a video, which is cut and scaled to size."
-        )
-    return torch.from_numpy(pixels).permute(3, 0, 1, 2).float().div(127.5).sub(1.0)[None]
-
-
 @torch.no_grad()
 def measure_grid(grid: tuple[int, int, int], args: argparse.Namespace) -> dict[str, Any]:
     """Everything about one size of clip."""
     device = torch.device(args.device)
-    pipeline = demo.load_pipeline()
-    model = pipeline.transformer.to(device).eval()
-    layers = sorted({n % len(model.blocks) for n in args.layers or range(len(model.blocks))})
-    frames, height, width = grid[0], 2 * grid[1], 2 * grid[2]
-    clip = read_clip(args.clip, frames, height, width).to(device)
-    class_id = pipeline.class_names.index(demo.HELD_OUT_CLASS)
-    text = class_embeddings(torch.tensor([class_id], device=device), model.config.text_dim)
     samples: list[dict[str, Any]] = []
     skips: list[Skips] = []
-    level = LEVELS[0]
     begin = time.perf_counter()
 
-    def on_sample(sample: Sample) -> None:
+    def on_sample(level: float, sample: Sample) -> None:
         if device.type == "cuda":
             sample = dataclasses.replace(
                 sample, **{name: getattr(sample, name).bfloat16() for name in "qkv"}
@@ -121,13 +96,7 @@ def measure_grid(grid: tuple[int, int, int], args: argparse.Namespace) -> dict[s
         passed = time.perf_counter() - begin
         print(f"{grid} level {level:g} layer {sample.layer}: {passed:.0f} s", flush=True)
 
-    with Capture({"transformer": model}, range(len(LEVELS)), layers, on_sample) as capture:
-        for n, level in enumerate(LEVELS):
-            sigma = torch.tensor([level], device=device)
-            batch = data.Batch(clip, text)
-            noised = objective.noised_at(batch, sigma, data.draws(SEED, 0, 1))
-            objective.predict(model, noised)
-            capture.end_step(n + 1)
+    layers = run_clip(args.clip, grid, LEVELS, device, on_sample, args.layers or ())
     return {
         "grid": list(grid),
         "tokens": grid[0] * grid[1] * grid[2],

@@ -2,7 +2,7 @@
 """Times whole operators on a GPU against what a user would pick instead, in one run, on the same
 inputs.
 
-    python bench/gpu.py [--suite targets,methods,workloads,scaling] [--quick] [--profile]
+    python bench/gpu.py [--suite targets,methods,workloads,scaling,captured] [--quick] [--profile]
                          [--peers cudnn,fa2,flex,triton_sla_main,triton_sla_sla1 | none]
                          [--workload NAME,...] [--out FOLDER] [--limit-s SECONDS]
 
@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 from clock import DTYPE, Clock, ceilings, describe_machine, kernel_times, slug
+from inputs import make_inputs
 from peers import Peer, PeerError, find_peers
 from suites import (
     BLOCKS,
@@ -50,7 +51,7 @@ from suites import (
 from torch import Tensor
 
 import sparline
-from sparline import SLA, SLA2, Dense, DynSparse, LowBit, Weights
+from sparline import SLA, SLA2, Dense, DynSparse, LowBit, Weights, demo
 from sparline.accounting import block_sparsity, flops
 from sparline.bench import WORKLOADS, Workload, learned_weights
 from sparline.density import kept_share
@@ -63,33 +64,7 @@ LOST_CONTEXT = 86
 MOST_STARTS = 10
 
 
-# Inputs -----------------------------------------------------------------------------------------
-
-
-def make_inputs(workload: Workload, kind: str, device: torch.device, seed: int) -> list[Tensor]:
-    """q, k and v (1, H, N, D) as ``sparline.bench.make_inputs`` makes them, on the device."""
-    rng = torch.Generator(device).manual_seed(seed)
-    heads, length, head_dim = workload.heads, workload.length, workload.head_dim
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=rng, device=device)
-
-    shape = (heads, length, head_dim)
-    if kind == "gaussian":
-        return [noise(*shape).to(DTYPE)[None] for _ in range(3)]
-    axes = [torch.linspace(0.0, 1.0, size, device=device) for size in workload.grid]
-    place = torch.cartesian_prod(*axes)  # (T H W, 3), w fastest
-    frequency = 8.0 * noise(heads, 3, head_dim)
-    phase = 2 * torch.pi * torch.rand(heads, 1, head_dim, generator=rng, device=device)
-    field = 2**0.5 * torch.cos(place @ frequency + phase)  # (H, T H W, D)
-    if workload.text:
-        text = noise(heads, workload.text, head_dim)
-        parts = [text, field] if workload.text_at == "start" else [field, text]
-        field = torch.cat(parts, dim=1)
-    q = 1.3 * field + 0.3 * noise(*shape)
-    k = 1.3 * field + noise(heads, 1, head_dim) + 0.3 * noise(*shape)
-    v = field.roll(1, dims=-1) + 0.3 * noise(*shape)
-    return [x.to(DTYPE)[None] for x in (q, k, v)]
+# One row ------------------------------------------------------------------------------------------
 
 
 def weights_of(method: Method, workload: Workload, device: torch.device) -> Weights:
@@ -97,14 +72,14 @@ def weights_of(method: Method, workload: Workload, device: torch.device) -> Weig
     return Weights(*(None if w is None else w.to(device) for w in host))
 
 
-# One row ----------------------------------------------------------------------------------------
-
-
 class Bench:
     """Measures rows; inputs of the last workload are kept."""
 
-    def __init__(self, device: torch.device, repetitions: int, peers: dict[str, Peer]) -> None:
+    def __init__(
+        self, device: torch.device, repetitions: int, peers: dict[str, Peer], clip: Path
+    ) -> None:
         self.device = device
+        self.clip = clip
         self.clock = Clock(device, repetitions)
         self.peers = peers
         self._inputs: tuple[Any, list[list[Tensor]]] = (None, [])
@@ -118,7 +93,10 @@ class Bench:
             shape = row.workload
             size = 3 * 2 * shape.heads * shape.length * shape.head_dim
             count = max(2, min(MOST_SETS, math.ceil(3 * CACHE_BYTES / size)))
-            sets = [make_inputs(shape, row.inputs, self.device, seed) for seed in range(count)]
+            sets = [
+                make_inputs(shape, row.inputs, self.device, seed, self.clip)
+                for seed in range(count)
+            ]
             self._inputs = (key, sets)
         return self._inputs[1]
 
@@ -249,7 +227,8 @@ class Bench:
         width = min(12, row.workload.grid[2])
         short = dataclasses.replace(row.workload, grid=(4, 16, width), text=0, heads=2)
         changed = dataclasses.replace(row, workload=short)
-        q, k, v = make_inputs(short, row.inputs, self.device, 11)
+        kind = "video" if row.inputs == "captured" else row.inputs  # a clip has one size
+        q, k, v = make_inputs(short, kind, self.device, 11)
         weights = weights_of(row.method, short, self.device)
         d_o = torch.randn(q.shape, device=self.device)
         results = []
@@ -342,7 +321,7 @@ def run_rows(args: argparse.Namespace, state_file: Path) -> int:
             for r in rows
             if r.label in matches or (r.name in ("cudnn", "fa2") and baseline_key(r) in keys)
         ]
-    bench = Bench(device, args.repetitions or (10 if args.quick else 20), peers)
+    bench = Bench(device, args.repetitions or (10 if args.quick else 20), peers, args.clip)
     machine = {**describe_machine(device, args.commit), **ceilings(device)}
     args.out.mkdir(parents=True, exist_ok=True)
     results = args.out / f"{slug(machine)}.jsonl"
@@ -487,6 +466,7 @@ def main() -> int:
     add("--peers", help="which to run; none: only torch's attention")
     add("--workload", help="in place of the suite's own")
     add("--only", metavar="REGEX", help="rows whose label matches, and their baselines")
+    add("--clip", type=Path, default=demo.HELD_OUT_VIDEO, help="of suite captured; video or .npy")
     add("--repetitions", type=int, default=0)
     add("--no-check", action="store_true", help="time without comparing with the reference first")
     add("--out", type=Path, default=Path(__file__).parent / "results")

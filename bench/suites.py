@@ -14,7 +14,7 @@ from sparline import BLASST, METHODS, SLA, SLA2, Dense, DynSparse, LowBit
 from sparline.bench import WORKLOADS, Workload
 from sparline.methods import BlockRouter, Method
 
-SUITES = ("targets", "methods", "workloads", "scaling")
+SUITES = ("targets", "methods", "workloads", "scaling", "captured")
 BLOCKS: dict[str, Any] = {"block_q": 128, "block_k": 64}
 KEEP_RATIOS = (0.10, 0.05, 0.03)
 #: The in-loop methods have no default threshold.
@@ -72,6 +72,8 @@ def rows_of(suites: Sequence[str], names: Sequence[str] | None, quick: bool) -> 
                 found += workload_rows(workload_of(name))
         elif suite == "scaling":
             found += scaling_rows(small="tiny" in chosen)
+        elif suite == "captured":
+            found += captured_rows()
         else:
             raise SystemExit(f"--suite: it must be of {', '.join(SUITES)}, got {suite!r}")
     return found
@@ -79,6 +81,7 @@ def rows_of(suites: Sequence[str], names: Sequence[str] | None, quick: bool) -> 
 
 #: To try the benchmark where it would take too long.
 EXTRA = {"tiny": Workload("tiny", "to try the benchmark itself", (2, 16, 20), 2, 64)}
+CAPTURED = Workload("demo-37k", "the bundled model on a clip", (16, 48, 48), 4, 64)
 
 
 def workload_of(name: str) -> Workload:
@@ -182,6 +185,16 @@ def workload_rows(workload: Workload) -> list[Row]:
                 for name in ("sla", "sla2")
             ]
     return found
+
+
+def captured_rows() -> list[Row]:
+    """What the bundled model attends over, at the longer size of docs/quality.md."""
+    row = partial(Row, "captured", CAPTURED, inputs="captured")
+    found = [*baselines("captured", CAPTURED, "fwd", "captured"), row("dense", Dense())]
+    for keep_ratio in KEEP_RATIOS:
+        found += ratio_rows(row, "fwd", keep_ratio, ("sla", "sla2"))
+    found += [row("dynsparse", DynSparse(log_threshold=x)) for x in (-9.0, -6.0, -4.0, -2.0)]
+    return found + [row("blasst", BLASST(log_threshold=x)) for x in (-6.0, -4.0, -2.0)]
 
 
 def scaling_rows(small: bool = False) -> list[Row]:
