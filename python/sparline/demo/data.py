@@ -105,6 +105,7 @@ def save_scenes(path: str | os.PathLike[str], scenes: Sequence[Scene]) -> None:
         arrays[f"{scene.name}.kind"] = np.array(scene.kind)
         arrays[f"{scene.name}.pixels"] = scene.pixels.cpu().numpy()
         arrays[f"{scene.name}.cuts"] = np.array(scene.cuts, dtype=np.int64)
+    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial.npz")
     np.savez_compressed(partial, **arrays)  # type: ignore[arg-type]
     os.replace(partial, target)

@@ -112,9 +112,9 @@ def test_what_does_not_fit_is_said() -> None:
 
 
 def test_cache_round_trip(tmp_path: Path) -> None:
-    path = tmp_path / "scenes.npz"
+    path = tmp_path / "of" / "its own" / "scenes.npz"
     data.save_scenes(path, made_up_scenes())
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(path.parent.iterdir()) == [path]
     for loaded, made in zip(data.load_scenes(path), made_up_scenes(), strict=True):
         assert (loaded.name, loaded.kind, loaded.cuts) == (made.name, made.kind, made.cuts)
         assert torch.equal(loaded.pixels, made.pixels)
