@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Renders the table of docs/training.md: memory and work of a training step of Wan 2.1, computed.
+"""Renders a part of docs/training.md: memory and work of a training step of Wan 2.1, computed, and
+what steps measured by bench/training.py take.
 
 Parameters are those of the host's own model class, and activations are what its autograd keeps of
 one block, both counted on tensors without data at the true length. Work counts multiply-adds as two
-(sparline.accounting). Nothing here is measured: the time is the work over a sustained rate that is
-assumed.
+(sparline.accounting). The computed time is the work over a sustained rate that is assumed.
 
 python tools/training_estimate.py [--check]      --check fails if the page is not what would be
                                                  written
@@ -13,6 +13,7 @@ python tools/training_estimate.py [--check]      --check fails if the page is no
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ import sparline
 from sparline.accounting import flops
 from sparline.methods import Method
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "training.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "training.md"
+RESULTS = ROOT / "bench" / "results"
 START, END = (f"<!-- {word}: tools/training_estimate.py -->\n" for word in ("from here", "to here"))
 
 TEXT_TOKENS = 512
@@ -152,11 +155,32 @@ def table() -> str:
     return "".join(lines)
 
 
+def measured() -> str:
+    """What bench/training.py found, on each device."""
+    parts = []
+    for path in sorted(RESULTS.glob("*.training.json")):
+        told = json.loads(path.read_text())
+        rows = told["rows"]
+        parts.append(
+            f"\nMeasured by `python bench/training.py`: steps of `sparline train` on one "
+            f"{told['device']}, {rows[0]['workload']}, {rows[0]['N']} tokens, random weights, "
+            f"blocks checkpointed and compiled, torch {told['torch']}, commit {told['commit']}.\n\n"
+            "| attention | s a step | times as fast | GiB |\n|---|---:|---:|---:|\n"
+        )
+        base = next((r["ms"] for r in rows if r["method"] == "torch"), None)
+        for row in rows:
+            ratio = "" if base is None else f"{base / row['ms']:.2f}"
+            memory = f"{row['peak_bytes'] / GIB:.1f}"
+            seconds = f"{row['ms'] / 1e3:.2f} ± {row['spread_ms'] / 1e3:.2f}"
+            parts.append(f"| {row['method']} | {seconds} | {ratio} | {memory} |\n")
+    return "".join(parts)
+
+
 def main() -> int:
     text = PAGE.read_text()
     head, rest = text.split(START)
     _, tail = rest.split(END)
-    rendered = f"{head}{START}\n{table()}\n{END}{tail}"
+    rendered = f"{head}{START}\n{table()}{measured()}\n{END}{tail}"
     if "--check" in sys.argv[1:]:
         if rendered == text:
             return 0

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks of whole models and of captured tensors, at the smallest, and their pages."""
+"""The benchmarks of whole models, of their training and of captured tensors, at the smallest, and
+their pages."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 BENCH = Path(__file__).resolve().parents[3] / "bench"
 
@@ -115,3 +117,50 @@ def test_captured(tmp_path: Path, pages: Any) -> None:
         assert max(row["each"].values()) <= row["best_each"] + 0.02
     assert (tmp_path / "captured.png").stat().st_size > 10_000
     assert "In-loop skipping at equal recall" in pages[1](report)
+
+
+def test_captured_inputs(pages: Any) -> None:
+    """A layer of the bundled model for each input set, the model's last ones after its first."""
+    pytest.importorskip("diffusers")
+    import inputs
+    import suites
+
+    small = suites.Workload("small", "", (2, 8, 16), 4, 64)
+    cpu = torch.device("cpu")
+    layers = [inputs.make_inputs(small, "captured", cpu, seed) for seed in range(9)]
+    for q, k, v in layers:
+        for x in (q, k, v):
+            assert x.shape == (1, 4, 256, 64)
+            assert x.dtype == torch.bfloat16
+            assert x.is_contiguous()
+            assert x.isfinite().all()
+        assert not torch.equal(q, k)
+    assert all(torch.equal(a, b) for a, b in zip(layers[0], layers[8], strict=True))
+    assert not any(torch.equal(layers[0][0], layers[n][0]) for n in range(1, 8))
+
+    rows = suites.rows_of(["captured"], None, quick=False)
+    assert {row.inputs for row in rows} == {"captured"}
+    assert {row.name for row in rows} >= {"cudnn", "dense", "sla", "sla2", "dynsparse", "blasst"}
+
+
+def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = ["--device", "cpu", "--workload", "tiny", "--steps", "3"]
+    run("training.py", *tiny, "--only", "^torch|97 %$", "--out", str(tmp_path))
+    (path,) = tmp_path.glob("*.training.json")
+    told = json.loads(path.read_text())
+    assert [row["method"] for row in told["rows"]] == ["torch", "sla2 97 %"]
+    for row in told["rows"]:
+        assert row["ms"] > 0.0
+        assert len(row["losses"]) == 5  # two of them not timed
+        assert all(0.0 < loss < 10.0 for loss in row["losses"])
+        row["peak_bytes"] = 3 << 30  # of a GPU
+    path.write_text(json.dumps(told))
+
+    monkeypatch.syspath_prepend(str(BENCH.parent / "tools"))
+    import training_estimate
+
+    monkeypatch.setattr(training_estimate, "RESULTS", tmp_path)
+    page = training_estimate.measured()
+    assert f"one {told['device']}, tiny, 64 tokens" in page
+    assert "| torch | " in page
+    assert "| 1.00 | 3.0 |" in page
