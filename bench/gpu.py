@@ -2,7 +2,8 @@
 """Times whole operators on a GPU against what a user would pick instead, in one run, on the same
 inputs.
 
-    python bench/gpu.py [--suite targets,methods,workloads,scaling,captured] [--quick] [--profile]
+    python bench/gpu.py [--suite targets,methods,workloads,scaling,captured,blocks] [--quick]
+                         [--profile]
                          [--peers cudnn,fa2,flex,triton_sla_main,triton_sla_sla1 | none]
                          [--workload NAME,...] [--out FOLDER] [--limit-s SECONDS]
 

@@ -14,7 +14,7 @@ from sparline import BLASST, METHODS, SLA, SLA2, Dense, DynSparse, LowBit
 from sparline.bench import WORKLOADS, Workload
 from sparline.methods import BlockRouter, Method
 
-SUITES = ("targets", "methods", "workloads", "scaling", "captured")
+SUITES = ("targets", "methods", "workloads", "scaling", "captured", "blocks")
 BLOCKS: dict[str, Any] = {"block_q": 128, "block_k": 64}
 KEEP_RATIOS = (0.10, 0.05, 0.03)
 #: The in-loop methods have no default threshold.
@@ -46,6 +46,7 @@ class Row:
                 getattr(self.method, "linear_scope", "")
             ] * self.method.recipe.has_linear_branch
             words += ["low-bit"] * (self.method.low_bit is not None)
+            words += [str(blocks_of(self))] * (self.suite == "blocks")
             words += [setting_of(self.method)]
         return " ".join(word for word in [*words, self.inputs] if word)
 
@@ -74,6 +75,9 @@ def rows_of(suites: Sequence[str], names: Sequence[str] | None, quick: bool) -> 
             found += scaling_rows(small="tiny" in chosen)
         elif suite == "captured":
             found += captured_rows()
+        elif suite == "blocks":
+            for workload in main:
+                found += block_rows(workload)
         else:
             raise SystemExit(f"--suite: it must be of {', '.join(SUITES)}, got {suite!r}")
     return found
@@ -195,6 +199,19 @@ def captured_rows() -> list[Row]:
         found += ratio_rows(row, "fwd", keep_ratio, ("sla", "sla2"))
     found += [row("dynsparse", DynSparse(log_threshold=x)) for x in (-9.0, -6.0, -4.0, -2.0)]
     return found + [row("blasst", BLASST(log_threshold=x)) for x in (-6.0, -4.0, -2.0)]
+
+
+def block_rows(workload: Workload) -> list[Row]:
+    """SLA2 in other blocks than 128 x 64: docs/quality.md says what they are good for."""
+    row = partial(Row, "blocks", workload)
+    found: list[Row] = []
+    for direction in ("fwd", "bwd"):
+        found += baselines("blocks", workload, direction, "gaussian")
+        for keep_ratio in (0.05, 0.03):
+            for block_q, block_k in ((128, 32), (64, 64), (64, 32), (32, 16)):
+                method = SLA2(keep_ratio=keep_ratio, block_q=block_q, block_k=block_k)
+                found.append(row("sla2", method, direction, keep_ratio))
+    return found
 
 
 def scaling_rows(small: bool = False) -> list[Row]:
