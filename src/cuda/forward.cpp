@@ -183,8 +183,10 @@ void forward(const Plan& plan, const ForwardArgs& args, std::byte* workspace, vo
                        .is_protected_only = p.combine == Combine::kLinear,
                        .low_bit = p.low_bit,
                        .num_taken = space.num_taken};
-  // Well before the forward, which would wait for it.
-  if (space.num_taken != nullptr) clear(space.num_taken, sizeof(*space.num_taken), stream);
+  const auto clear_num_taken = [&] {
+    if (space.num_taken != nullptr) clear(space.num_taken, sizeof(*space.num_taken), stream);
+  };
+  if (!space.has_sums) clear_num_taken();  // well before the forward, which would wait for it
   if (p.smooth_k) {
     find_k_mean(plan, space.frame, sparse.k, reinterpret_cast<float*>(space.scratch), space.k_mean,
                 stream);
@@ -209,6 +211,9 @@ void forward(const Plan& plan, const ForwardArgs& args, std::byte* workspace, vo
                      .epsilon = linear.epsilon,
                      .bias = linear.proj_bias,
                      .alpha_logit = linear.alpha_logit};
+    sparse.num_taken = sums.num_taken;
+  } else if (space.has_sums) {
+    clear_num_taken();
   }
   if (!space.is_low_bit) sparse_forward(sparse, stream);  // without a sparse branch: lse alone
 

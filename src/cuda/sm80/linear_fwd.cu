@@ -462,9 +462,8 @@ int64_t linear_sums_bytes([[maybe_unused]] const LinearParams& params) {
 #endif
 }
 bool linear_sums([[maybe_unused]] const LinearParams& params,
-                 [[maybe_unused]] const SparseForward& sparse,
-                 [[maybe_unused]] const LinearSums& sums, [[maybe_unused]] std::byte* workspace,
-                 [[maybe_unused]] void* stream) {
+                 [[maybe_unused]] const SparseForward& sparse, [[maybe_unused]] LinearSums& sums,
+                 [[maybe_unused]] std::byte* workspace, [[maybe_unused]] void* stream) {
 #ifdef SPARLINE_WITH_SM90
   return combines_sm90(sparse) && linear_sums_sm90(params, sums, workspace, stream);
 #else

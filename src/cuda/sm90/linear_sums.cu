@@ -45,7 +45,7 @@ struct Space {
     Arena arena(base);
     bits = arena.take<uint2>(heads * tiles_m * chunks * Traits::kTileM);
     empty_rows = arena.take<float>(heads * tiles_m * Traits::kTileM);
-    num_counters = 1 + pairs + pairs * chunks;
+    num_counters = 2 + pairs + pairs * chunks;
     slots = static_cast<int32_t>(num_slots(params, num_blocks * head_dim * (head_dim + 1) * 2,
                                            arena.used_bytes() + num_counters * 4));
     states = arena.take<bf16>(slots * num_blocks * head_dim * head_dim);
@@ -85,7 +85,7 @@ int64_t linear_sums_sm90_bytes(const LinearParams& params) {
   return Space(params, nullptr).total_bytes;
 }
 
-bool linear_sums_sm90(const LinearParams& params, const LinearSums& sums, std::byte* workspace,
+bool linear_sums_sm90(const LinearParams& params, LinearSums& sums, std::byte* workspace,
                       void* stream) {
   using Traits = LinearSumsTraits<bf16, 128>;
   if (!sums.o.is_vectorised || sums.o.order != nullptr) return false;
@@ -106,7 +106,8 @@ bool linear_sums_sm90(const LinearParams& params, const LinearSums& sums, std::b
                      .tiles_n = space.tiles_n,
                      .chunks = space.chunks,
                      .slots = space.slots};
-  p.pair_done = p.bits_made + 1;
+  sums.num_taken = p.bits_made + 1;  // cleared with the counters: a launch less
+  p.pair_done = p.bits_made + 2;
   p.chunk_ready = p.pair_done + params.wave.count;
   const int64_t width = int64_t{f.head_dim} * f.head_dim;
   const Rows states{.data = space.states,

@@ -23,6 +23,8 @@
 // The linear branch is one more tile of each block: H_i is its values, and phi(q), made from the
 // queries in registers, its P. Z_i comes where its keys would. H_i lies in the rows of o that the
 // block stores to; the copy engine has read it before anyone stores there, as all wait for it.
+// The kernel that makes the sums is the last one before: all else is there once it has begun, so
+// that a multiprocessor which it has left begins with keys and values while others still add up.
 #pragma once
 
 #include <algorithm>
@@ -38,7 +40,11 @@ namespace sparline::cuda {
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     sparse_forward_sm90_kernel(const __grid_constant__ SparseForwardSm90Params params) {
-  begin_kernel();
+  if constexpr (Traits::kHasLinear) {
+    admit_next_kernel();  // sums are all that the last kernel made: who loads them waits
+  } else {
+    begin_kernel();
+  }
   SPARLINE_DYNAMIC_SHARED_ALIGNED(bytes, 1024);
   auto& shared = *reinterpret_cast<SparseForwardSm90Shared<Traits>*>(bytes);
   if (threadIdx.x == 0) {

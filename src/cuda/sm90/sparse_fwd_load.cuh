@@ -186,6 +186,8 @@ class SparseForwardSm90Loader {
           shared_.places[place];
       KeyRuns runs(keys, shared_.lists + list.slot * num_words);
       int32_t block = place;
+      // Blocks without a linear tile wait here: their rows of o are the sums' until these are done.
+      if (Traits::kHasLinear && at.z < 0) await_last_kernel();
       begin_record();
       KeyRun first = runs.template next<kRunK>(), second;
       // A block without critical keys gets a tile without keys: zeros from past the end.
@@ -356,6 +358,7 @@ class SparseForwardSm90Loader {
 
   /// Z_i to where keys lie, H_i as values: D rows.
   __device__ __forceinline__ void load_linear(const BlockPlace& at) {
+    await_last_kernel();
     wait(shared_.empty[ring_.slot], ring_.parity ^ 1);
     Barrier& full = shared_.full[ring_.slot];
     if (elect_one()) {

@@ -10,6 +10,8 @@ KERNELS = Path(__file__).parents[3] / "src" / "cuda"
 WAITS_LATER = {
     "pool_kernel": ("await_last_kernel();", 3),  # reads q while the pooling of k ends
     "route_tile_kernel": ("begin_kernel();", 1),  # finds its tile before
+    # With a linear branch its loading warps wait, once they need the sums of the last kernel.
+    "sparse_forward_sm90_kernel": ("begin_kernel();", 1),
 }
 
 
