@@ -8,8 +8,10 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdlib>
+#include <functional>
 #include <limits>
 #include <random>
 
@@ -984,6 +986,67 @@ TEST(Route, LongRows) {
     }
   }
   cuda::emulator::set_device(80);
+}
+
+/// Scores that fill the range between the best and the worst evenly and not, up to all in one
+/// place: a score is the sum of two numbers, without rounding.
+TEST(Route, ScoresOfAnySpread) {
+  std::mt19937_64 engine(7);
+  std::normal_distribution<double> normal;
+  const auto equals = [](double) { return 0.75; };
+  const auto outlier = [&](double x) { return engine() % 64 == 0 ? 1e5 * x : x; };
+  const auto no_number = [&](double x) {
+    const uint64_t kind = engine() % 8;
+    return kind == 0 ? std::nan("") : kind == 1 ? HUGE_VAL : kind == 2 ? -HUGE_VAL : x;
+  };
+  const std::pair<const char*, std::function<double(double)>> shapes[] = {
+      {"normal", [](double x) { return x; }},
+      {"heavy tails", [](double x) { return x * std::exp(6.0 * x); }},
+      {"outliers", outlier},
+      {"far from 0", [](double x) { return 512.0 + x; }},
+      {"few values", [](double x) { return std::round(3.0 * x) / 4.0; }},
+      {"two values", [](double x) { return x < 1.6 ? -1.0 : 1.0; }},
+      {"equal", equals},
+      {"tiny", [](double x) { return std::ldexp(x, -120); }},
+      {"huge", [](double x) { return std::ldexp(x, 115); }},
+      {"no numbers", no_number},
+  };
+  for (const int64_t num_key_blocks : {2, 45, 512, 700, 1400}) {
+    for (const auto& [name, shape] : shapes) {
+      Case c = plain_case();
+      Problem& p = c.problem;
+      p.num_heads = 1;
+      p.block_q = p.block_k = 16;
+      p.num_queries = 16 * 20;
+      p.num_keys = 16 * num_key_blocks;
+      c.rule.smooth_k = false;
+      c.rule.critical_ratio = std::array{0.05, 0.05, 0.5, 1.0}[engine() % 4];
+      c.rule.negligible_ratio = std::array{0.0, 0.1, 0.4, 0.95}[engine() % 4];
+      Inputs in = random_inputs(c);
+      const auto set = [&](Array& array, int64_t block, double high, double low) {
+        for (int64_t n = 16 * block; n < 16 * (block + 1); ++n) {
+          double* const row = array.row(0, 0, n);
+          std::fill_n(row, p.head_dim, 0.0);
+          row[0] = rounded(high, p.dtype);
+          row[1] = rounded(low, p.dtype);
+        }
+      };
+      for (int64_t j = 0; j < num_key_blocks; ++j) {
+        const double score = shape(normal(engine));
+        const double high = rounded(score, p.dtype), rest = score - high;
+        set(in.k, j, high, engine() % 8 == 0 || !std::isfinite(rest) ? 0.0 : rest);
+      }
+      for (int64_t i = 0; i < 20; ++i) {
+        const double factor = std::array{1.0, -1.0, 0.5, 0.0}[engine() % 4];
+        set(in.q, i, factor, factor);
+      }
+      const auto got = route_classes(c, in, {}, {});
+      c.device = Device::kCPU;
+      EXPECT_EQ(got, route_classes(c, in, {}, {}))
+          << name << ", " << num_key_blocks << " key blocks, ratios " << c.rule.critical_ratio
+          << " and " << c.rule.negligible_ratio;
+    }
+  }
 }
 
 // SoftTop-k, against the CPU backend -------------------------------------------------------------

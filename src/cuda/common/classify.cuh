@@ -28,6 +28,23 @@ __device__ __forceinline__ int64_t rounded_count(double ratio, int32_t num_block
   return whole;
 }
 
+/// How many of a row's `num_free` key blocks that are not protected a rule asks for, at most all.
+struct RowShares {
+  uint32_t critical = 0, negligible = 0;
+
+  __device__ RowShares(const RouteRule& rule, int32_t num_free) {
+    critical = at_most(num_free, rule.critical_count > 0
+                                     ? rule.critical_count
+                                     : rounded_count(rule.critical_ratio, num_free, rule.rounding));
+    negligible = at_most(num_free, rounded_count(rule.negligible_ratio, num_free, rule.rounding));
+  }
+
+ private:
+  __device__ static uint32_t at_most(int32_t num_free, int64_t count) {
+    return static_cast<uint32_t>(min(count, int64_t{num_free}));
+  }
+};
+
 /// Which key blocks of a (b, kv head) have a place in rankings; those that have none are critical.
 class RankedBlocks {
  public:
@@ -46,11 +63,14 @@ class RankedBlocks {
   const uint8_t* const is_alike_;
 };
 
-/// All classes of query block i. `key_of(j)`: the rank_key() of the score of key block j of its
-/// sequence, kNoKey for what is not ranked. kHasMass: whether a rule with a mass may come.
-template <bool kHasMass, bool kIsHeld, int kItems, bool kIsOneWarp, class KeyOf>
+/// All classes of query block i. `score_at(j)`: the score of key block j of its sequence, kNoScore
+/// for what is not ranked. `shares`: those of a row of all key blocks, for keys without a table.
+/// `bins`: of one warp that holds its row; else unused. kHasMass: whether a rule with a mass may
+/// come.
+template <bool kHasMass, bool kIsHeld, int kItems, bool kIsOneWarp, class ScoreAt>
 __device__ __forceinline__ void classify(const ClassifyParams& p, RowGroup<kIsOneWarp>& group,
-                                         int64_t b, int64_t h, int32_t i, const KeyOf& key_of) {
+                                         int64_t b, int64_t h, int32_t i, RowShares shares,
+                                         WarpBins* bins, const ScoreAt& score_at) {
   const Axis& queries = p.frame.queries;
   const Axis& keys = p.frame.keys;
   const BlockInfo query = queries.block(i);
@@ -78,31 +98,27 @@ __device__ __forceinline__ void classify(const ClassifyParams& p, RowGroup<kIsOn
 
   if (query.other_begin == query.other_end) return;
   using RowRanking = Ranking<kIsOneWarp, kIsHeld, kItems>;
-  const RowRanking ranking(group, query.other_begin, query.other_end, key_of);
+  const RowRanking ranking(group, query.other_begin, query.other_end,
+                           keys.table != nullptr || p.is_alike_k != nullptr, score_at);
 
   Cut cuts[2];  // where the critical blocks end, and the marginal ones
   if (ranking.num > 0) {
-    auto num_free = static_cast<uint32_t>(query.other_end - query.other_begin);
+    const RouteRule& rule = p.rule;
     if (keys.table != nullptr) {
-      num_free = 0;
+      uint32_t num_free = 0;
 #pragma unroll 1
       for (int32_t j = query.other_begin + lane; j < query.other_end; j += num_lanes) {
         num_free += keys.table[j].is_protected ? 0 : 1;
       }
-      num_free = group.sum(num_free);
+      shares = RowShares(rule, static_cast<int32_t>(group.sum(num_free)));
     }
-    const RouteRule& rule = p.rule;
-    const int64_t num = ranking.num;
-    int64_t num_critical =
-        rule.critical_count > 0
-            ? rule.critical_count
-            : rounded_count(rule.critical_ratio, static_cast<int32_t>(num_free), rule.rounding);
-    num_critical = min(max(num_critical, int64_t{1}), num);
+    const uint32_t num = ranking.num;
+    uint32_t num_critical = min(max(shares.critical, 1u), num);
     if constexpr (kHasMass) {
       if (rule.selection != Selection::kTopK) {
-        int64_t num_of_mass = num;  // and not what float32 leaves of the tail
+        uint32_t num_of_mass = num;  // and not what float32 leaves of the tail
         if (rule.critical_mass < 1.0) {
-          num_of_mass = count_of_mass<kIsHeld>(ranking, key_of, rule.critical_mass,
+          num_of_mass = count_of_mass<kIsHeld>(ranking, score_at, rule.critical_mass,
                                                rule.is_longest_prefix, p.scale);
         }
         if (rule.selection == Selection::kTopP) num_critical = num_of_mass;
@@ -112,20 +128,26 @@ __device__ __forceinline__ void classify(const ClassifyParams& p, RowGroup<kIsOn
         }
       }
     }
-    const int64_t num_negligible =
-        min(num - num_critical,
-            rounded_count(rule.negligible_ratio, static_cast<int32_t>(num_free), rule.rounding));
-    const uint32_t wanted[2] = {static_cast<uint32_t>(num_critical),
-                                static_cast<uint32_t>(num - num_negligible)};
-    find_cuts(ranking, key_of, wanted, cuts);
+    const uint32_t num_negligible = min(num - num_critical, shares.negligible);
+    find_cuts(ranking, score_at, num_critical, num - num_negligible, bins, cuts);
   }
   int8_t* at = out + ranking.walk.first() * stride;
-  ranking.for_each(key_of, [&](uint32_t key, int32_t j, int) {
-    const bool is_critical = (key == kNoKey) | cuts[0].has(key, j);
-    const int value = is_critical ? 1 : cuts[1].has(key, j) ? 0 : -1;
-    if (j < query.other_end) *at = static_cast<int8_t>(value);
-    at += kWarpSize * stride;
-  });
+  const auto write = [&](const auto& is_critical, const auto& is_marginal) {
+    ranking.for_each(score_at, [&](uint32_t key, int32_t j, int) {
+      const int value = is_critical(key, j) ? 1 : is_marginal(key, j) ? 0 : -1;
+      if (j < query.other_end) *at = static_cast<int8_t>(value);
+      at += kWarpSize * stride;
+    });
+  };
+  if (cuts[0].is_tied() || cuts[1].is_tied()) {
+    write([&](uint32_t key, int32_t j) { return (key == kNoKey) | cuts[0].has(key, j); },
+          [&](uint32_t key, int32_t j) { return cuts[1].has(key, j); });
+  } else {
+    // Keys from past the cut to the last one that is ranked are not critical.
+    const uint32_t first = cuts[0].key + 1, num_past = kNoKey - first;
+    write([&](uint32_t key, int32_t) { return key - first >= num_past; },
+          [&](uint32_t key, int32_t) { return key <= cuts[1].key; });
+  }
 }
 
 }  // namespace sparline::cuda

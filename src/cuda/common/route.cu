@@ -83,9 +83,13 @@ __global__ void __launch_bounds__(kMaxThreads<kIsOneWarp>, 1) select_kernel(cons
   const int64_t b = pair / frame.num_heads, h = pair % frame.num_heads;
   const RankedBlocks ranked(p.classify, b * frame.num_kv_heads + h / frame.group());
   const float* const scores = p.scores + row_idx * p.ld;
+  __shared__ WarpBins bins[kIsOneWarp ? kRowsPerBlock : 1];
+  WarpBins& own_bins = bins[kIsOneWarp ? warp_index() : 0];
+  if constexpr (kIsOneWarp) own_bins.clear();
   classify</*kHasMass=*/true, kIsHeld, kRowItems>(
       p.classify, group, b, h, static_cast<int32_t>(row % frame.queries.num_blocks),
-      [&](int32_t j) { return ranked.has(j) ? rank_key(scores[j]) : kNoKey; });
+      RowShares(p.classify.rule, frame.keys.num_blocks), &own_bins,
+      [&](int32_t j) { return ranked.has(j) ? scores[j] : __uint_as_float(kNoScore); });
 }
 
 // Launches ---------------------------------------------------------------------------------------

@@ -20,9 +20,6 @@ constexpr int kRouteWarps = 8;                         // that multiply
 constexpr int kWarpCols = 64;                          // key blocks
 constexpr int kRouteStageFloats = kWarpCols * kSlice;  // of one warp
 
-/// In place of the score of a key block that is not ranked: a NaN that no sum of products is.
-constexpr uint32_t kNoScore = 0xffffffffu;
-
 /// A thread has kThreadRows rows and 8 columns, a lane holds kItems scores of a row; kStages slices
 /// of a warp's keys are under way, kResident tiles on a multiprocessor. kWarps classify rows, which
 /// is a chain of short steps: the more at a time, the better.
@@ -31,6 +28,8 @@ struct RouteTraits {
   static constexpr int kThreadRows = kThreadRows_, kRows = 4 * kThreadRows, kItems = kItems_;
   static constexpr int kStages = kStages_, kResident = kResident_;
   static constexpr int kWarps = kWarps_, kThreads = kWarps * kWarpSize;
+  static_assert(kWarps * sizeof(WarpBins) <=
+                kRouteWarps * kStages * kRouteStageFloats * sizeof(float));
 };
 using RouteOneTile = RouteTraits<6, kRowItems, 3, 1, 12>;
 /// One multiplies while the other one loads or classifies.
@@ -106,6 +105,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kResident)
   const int32_t num_rows = min(product.num_rows - first_row, kTile);
   const int32_t b = z / product.num_heads, h = z - b * product.num_heads;
   const int64_t b_idx = b * product.b_per_batch + h / product.b_group;
+  const RowShares shares(p.classify.rule, p.classify.frame.keys.num_blocks);
   begin_kernel();
   int32_t first_col = 0, past_col = product.num_cols;
   if (product.rows.table != nullptr) {
@@ -200,12 +200,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kResident)
   }
 
   RowGroup</*kIsOneWarp=*/true> group(nullptr);
+  // Where the slices of keys were.
+  WarpBins& bins = reinterpret_cast<WarpBins*>(a_tile + kTile * ld_a)[warp_index()];
+  bins.clear();
 #pragma unroll 1
   for (int r = warp_index(); r < num_rows; r += Traits::kWarps) {
     const float* const row = scores + r * p.ld_scores - first_col;
     classify</*kHasMass=*/false, /*kIsHeld=*/true, Traits::kItems>(
-        p.classify, group, b, h, first_row + r,
-        [&](int32_t j) { return __float_as_uint(row[j]) == kNoScore ? kNoKey : rank_key(row[j]); });
+        p.classify, group, b, h, first_row + r, shares, &bins, [&](int32_t j) { return row[j]; });
   }
 }
 

@@ -11,17 +11,26 @@ namespace sparline::cuda {
 
 constexpr uint32_t kNaNKey = 0xff800001u;  // just past the key of -inf
 constexpr uint32_t kNoKey = 0xffffffffu;   // of what is not ranked
+/// In place of the score of what is not ranked: a NaN that no sum of products is.
+constexpr uint32_t kNoScore = 0xffffffffu;
 
-/// Larger scores have smaller keys; -0 is 0, NaN comes last.
+/// Turns the bits of a number into its key, and its key into its bits.
+__device__ __forceinline__ uint32_t reversed_unless_negative(uint32_t bits) {
+  return bits ^ (~static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) & 0x7fffffffu);
+}
+/// Larger scores have smaller keys; -0 is 0, NaN comes last. kNoScore has kNoKey.
 __device__ __forceinline__ uint32_t rank_key(float score) {
-  const uint32_t bits = __float_as_uint(score + 0.0f);
-  const uint32_t key = bits >> 31 != 0 ? bits : bits ^ 0x7fffffffu;
-  return score == score ? key : kNaNKey;
+  const uint32_t key = reversed_unless_negative(__float_as_uint(score + 0.0f));
+  const uint32_t key_of_none = __float_as_uint(score) == kNoScore ? kNoKey : kNaNKey;
+  return score == score ? key : key_of_none;
+}
+/// NaN for what is not ranked or is NaN.
+__device__ __forceinline__ float number_of(uint32_t key) {
+  return __uint_as_float(reversed_unless_negative(key));
 }
 /// NaN weighs like -inf.
 __device__ __forceinline__ float score_of(uint32_t key) {
-  if (key >= kNaNKey) return __uint_as_float(0xff800000u);
-  return __uint_as_float(key >> 31 != 0 ? key : ~key & 0x7fffffffu);
+  return key >= kNaNKey ? __uint_as_float(0xff800000u) : number_of(key);
 }
 
 /// exp(scale (score - best)) in units of 2^-31; equal infinities weigh the same.
@@ -34,9 +43,12 @@ __device__ __forceinline__ uint32_t softmax_weight(uint32_t key, float best, flo
 
 /// The last entry of a prefix.
 struct Cut {
-  uint32_t key = 0;
-  int32_t last = 0x7fffffff;  // index of the last entry with that key
+  static constexpr int32_t kNoTie = 0x7fffffff;  // it has all that have its key
 
+  uint32_t key = 0;
+  int32_t last = kNoTie;  // index of the last entry with that key
+
+  __device__ __forceinline__ bool is_tied() const { return last != kNoTie; }
   __device__ __forceinline__ bool has(uint32_t other_key, int32_t j) const {
     return other_key < key + (j <= last ? 1u : 0u);  // no key is the last number
   }
@@ -48,17 +60,18 @@ struct Ranking {
   using Group = RowGroup<kIsOneWarp>;
   using Walk = RowWalk<kIsOneWarp, kIsHeld, kItems>;
 
-  /// `key_of(j)`: kNoKey for what is not ranked. The row is not empty.
-  template <class KeyOf>
-  __device__ Ranking(Group& row_group, int32_t row_begin, int32_t row_end, const KeyOf& key_of)
+  /// `score_at(j)`: kNoScore for what is not ranked; has_unranked: whether there may be such. The
+  /// row is not empty.
+  template <class ScoreAt>
+  __device__ Ranking(Group& row_group, int32_t row_begin, int32_t row_end, bool has_unranked,
+                     const ScoreAt& score_at)
       : group(row_group), walk(row_group, row_begin, row_end), begin(row_begin), end(row_end) {
-    uint32_t count = 0;
     walk.for_each([&](int32_t j, int n) {
-      // Without a branch, so that a lane's loads do not wait for each other.
-      const uint32_t key_inside = key_of(min(j, end - 1));
-      const uint32_t key = j < end ? key_inside : kNoKey;
+      // A load and no more depends on j, so that a lane's loads do not wait for each other.
+      float score = __uint_as_float(kNoScore);
+      if (j < end) score = score_at(j);
+      const uint32_t key = rank_key(score);
       if constexpr (kIsHeld) keys[n] = key;
-      count += key != kNoKey;
       least = min(least, key);
       most = max(most, key + 1);  // 0 for kNoKey
     });
@@ -67,17 +80,22 @@ struct Ranking {
     });
     least = range.x;
     most = range.y - 1;  // not used where none is ranked
-    num = group.sum(count);
+    num = static_cast<uint32_t>(end - begin);
+    if (has_unranked) {
+      uint32_t count = 0;
+      for_each(score_at, [&](uint32_t key, int32_t, int) { count += key != kNoKey; });
+      num = group.sum(count);
+    }
   }
 
   /// body(key, j, n) for the entries of this lane; those that are not ranked have kNoKey.
-  template <class KeyOf, class Body>
-  __device__ __forceinline__ void for_each(const KeyOf& key_of, const Body& body) const {
+  template <class ScoreAt, class Body>
+  __device__ __forceinline__ void for_each(const ScoreAt& score_at, const Body& body) const {
     walk.for_each([&](int32_t j, int n) {
       if constexpr (kIsHeld) {
         body(keys[n], j, n);
       } else {
-        body(key_of(j), j, n);
+        body(rank_key(score_at(j)), j, n);
       }
     });
   }
@@ -116,12 +134,12 @@ struct KeyRange {
 };
 
 /// The ends of the prefixes of `wanted[0]` and of `wanted[1]` entries, both at least 1.
-template <class Ranking, class KeyOf>
-__device__ __forceinline__ void find_cuts(const Ranking& ranking, const KeyOf& key_of,
-                                          const uint32_t (&wanted)[2], Cut (&cuts)[2]) {
+template <class Ranking, class ScoreAt>
+__device__ __forceinline__ void search_cuts(const Ranking& ranking, const ScoreAt& score_at,
+                                            const uint32_t (&wanted)[2], Cut (&cuts)[2]) {
   const auto count = [&](const auto& has_first, const auto& has_second) {
     uint32_t first = 0, second = 0;
-    ranking.for_each(key_of, [&](uint32_t key, int32_t j, int) {
+    ranking.for_each(score_at, [&](uint32_t key, int32_t j, int) {
       first += has_first(key, j);
       second += has_second(key, j);
     });
@@ -143,7 +161,7 @@ __device__ __forceinline__ void find_cuts(const Ranking& ranking, const KeyOf& k
     } else {
       const uint32_t only = ranges[0].is_open() ? middle[0] : middle[1];
       uint32_t num = 0;
-      ranking.for_each(key_of, [&](uint32_t key, int32_t, int) { num += key <= only; });
+      ranking.for_each(score_at, [&](uint32_t key, int32_t, int) { num += key <= only; });
       counts.x = counts.y = ranking.group.sum(num);
     }
     if (ranges[0].is_open()) ranges[0].narrow(middle[0], counts.x);
@@ -185,10 +203,160 @@ __device__ __forceinline__ void find_cuts(const Ranking& ranking, const KeyOf& k
   cuts[1].last = last[1];
 }
 
+/// Shared memory of a warp that ranks a row alone.
+struct alignas(16) WarpBins {
+  static constexpr int kLaneBins = 8, kBins = kLaneBins * kWarpSize;
+
+  uint32_t counts[kBins];          // zeros between rows
+  uint32_t none[4];                // the first one counts what is not ranked: nobody reads it
+  uint64_t candidates[kWarpSize];  // key, then index
+
+  __device__ __forceinline__ void clear() {
+    uint4* const own = reinterpret_cast<uint4*>(counts + lane_index() * kLaneBins);
+    own[0] = own[1] = make_uint4(0u, 0u, 0u, 0u);
+  }
+};
+
+/// The same of a row that one warp holds, without a search: entries are counted in bins of equal
+/// width, and the few in the bins where a prefix ends are compared with each other. False, and
+/// `cuts` as they were, where these are more than a warp has lanes, or scores are no numbers or as
+/// good as equal. wanted[0] <= wanted[1].
+template <class Ranking, class ScoreAt>
+__device__ __forceinline__ bool find_cuts_in_bins(const Ranking& ranking, const ScoreAt& score_at,
+                                                  const uint32_t (&wanted)[2], WarpBins& bins,
+                                                  Cut (&cuts)[2]) {
+  constexpr int kItems = sizeof(ranking.keys) / sizeof(uint32_t), kLaneBins = WarpBins::kLaneBins;
+  // 2: its last bit is 2^-22, and of a bin's number and this no more is left than of the number
+  // when they are made an address.
+  constexpr uint32_t kFirst = 0x40000000u;
+  constexpr uint32_t kCountMask = 0xfffu;
+  static_assert(kItems * kWarpSize <= kCountMask && WarpBins::kBins <= 256);
+  const float best = number_of(ranking.least), spread = best - number_of(ranking.most);
+  if (!(spread > 1e-30f && spread < 1e30f)) return false;
+  const float scale = __fdividef((WarpBins::kBins - 1) * 0x1p-22f, spread);
+  const int lane = lane_index();
+
+  bins.candidates[lane] = ~uint64_t{0};
+  __syncwarp();             // of the zeros, in all lanes
+  uint32_t bin_of[kItems];  // from kFirst on; larger than that of any bin where there is no key
+  ranking.for_each(score_at, [&](uint32_t key, int32_t, int n) {
+    const float bin = fmaf(best - number_of(key), scale, 2.0f);
+    bin_of[n] = min(__float_as_uint(bin), kFirst + WarpBins::kBins);
+    atomicAdd(&bins.counts[bin_of[n] - kFirst], 1u);
+  });
+  __syncwarp();
+
+  // Each lane looks for the ends in its own bins.
+  const uint4* const own = reinterpret_cast<const uint4*>(bins.counts + lane * kLaneBins);
+  const uint4 low = own[0], high = own[1];
+  bins.clear();
+  const uint32_t counts[kLaneBins] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  uint32_t sum = 0;
+#pragma unroll
+  for (int n = 0; n < kLaneBins; ++n) sum += counts[n];
+  uint32_t past = sum;
+#pragma unroll
+  for (int step = 1; step < kWarpSize; step *= 2) {
+    const uint32_t before = __shfl_up_sync(kAllLanes, past, step);
+    past += lane >= step ? before : 0;
+  }
+  const uint32_t begin = past - sum;
+  uint32_t end_bin[2] = {};  // entries in earlier bins, in this one << 12, bin << 24
+  uint32_t num_before = begin;
+#pragma unroll
+  for (int n = 0; n < kLaneBins; ++n) {
+    const uint32_t bin = num_before + (counts[n] << 12) + (static_cast<uint32_t>(n) << 24);
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      if (num_before < wanted[c]) end_bin[c] = bin;
+    }
+    num_before += counts[n];
+  }
+  uint32_t first_wanted[2], count[2], bin[2];
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    const bool is_here = begin < wanted[c] && wanted[c] <= past;
+    const uint32_t mine = end_bin[c] + (static_cast<uint32_t>(lane * kLaneBins) << 24);
+    const uint32_t found = __reduce_max_sync(kAllLanes, is_here ? mine : 0u);
+    first_wanted[c] = wanted[c] - 1 - (found & kCountMask);
+    count[c] = found >> 12 & kCountMask;
+    bin[c] = kFirst + (found >> 24);
+  }
+  uint32_t num = count[0];  // of candidates
+  if (bin[0] != bin[1]) {
+    first_wanted[1] += num;
+    num += count[1];
+  }
+  if (num > kWarpSize) return false;
+
+  uint32_t is_candidate[(kItems + 31) / 32] = {};
+#pragma unroll
+  for (int n = 0; n < kItems; ++n) {
+    if (bin_of[n] == bin[0] || bin_of[n] == bin[1]) is_candidate[n / 32] |= 1u << n % 32;
+  }
+  uint32_t num_found = 0;
+#pragma unroll
+  for (int word = 0; word < (kItems + 31) / 32; ++word) {
+    uint32_t rest = is_candidate[word];
+#pragma unroll 1
+    while (true) {
+      const uint32_t votes = __ballot_sync(kAllLanes, rest != 0);
+      if (votes == 0) break;
+      if (rest != 0) {
+        const int n = word * 32 + __ffs(static_cast<int>(rest)) - 1;
+        const int32_t j = ranking.walk.first() + n * kWarpSize;
+        bins.candidates[num_found + __popc(votes & ((1u << lane) - 1))] =
+            uint64_t{rank_key(score_at(j))} << 32 | static_cast<uint32_t>(j);
+        rest &= rest - 1;
+      }
+      num_found += __popc(votes);
+    }
+  }
+  __syncwarp();
+  const uint64_t mine = bins.candidates[lane];
+  uint32_t rank = 0;
+#pragma unroll 1
+  for (int first = 0; first < static_cast<int>(num); first += 4) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) rank += bins.candidates[first + n] < mine;
+  }
+
+  const auto key = static_cast<uint32_t>(mine >> 32);
+  bool is_tied = false;
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    cuts[c].key = __reduce_max_sync(kAllLanes, rank == first_wanted[c] ? key : 0u);
+    is_tied |= rank > first_wanted[c] && key == cuts[c].key;
+  }
+  if (!__any_sync(kAllLanes, is_tied)) return true;
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    cuts[c].last = static_cast<int32_t>(
+        __reduce_max_sync(kAllLanes, rank == first_wanted[c] ? static_cast<uint32_t>(mine) : 0u));
+  }
+  return true;
+}
+
+/// The ends of the prefixes of `first` and of `second` entries, 1 <= first <= second.
+template <bool kIsOneWarp, bool kIsHeld, int kItems, class ScoreAt>
+__device__ __forceinline__ void find_cuts(const Ranking<kIsOneWarp, kIsHeld, kItems>& ranking,
+                                          const ScoreAt& score_at, uint32_t first, uint32_t second,
+                                          WarpBins* bins, Cut (&cuts)[2]) {
+  if constexpr (kIsOneWarp && kIsHeld) {
+    const bool has_all = second == ranking.num;  // whose end is known
+    const uint32_t wanted[2] = {first, has_all ? first : second};
+    if (find_cuts_in_bins(ranking, score_at, wanted, *bins, cuts)) {
+      if (has_all) cuts[1] = {.key = ranking.most};
+      return;
+    }
+  }
+  search_cuts(ranking, score_at, {first, second}, cuts);
+}
+
 /// The number of the best entries whose softmax(scale score) sums to at least `mass` < 1, at least
 /// one; is_longest: the most whose sum is at most `mass`.
-template <bool kIsHeld, class Ranking, class KeyOf>
-__device__ __forceinline__ uint32_t count_of_mass(const Ranking& ranking, const KeyOf& key_of,
+template <bool kIsHeld, class Ranking, class ScoreAt>
+__device__ __forceinline__ uint32_t count_of_mass(const Ranking& ranking, const ScoreAt& score_at,
                                                   double mass, bool is_longest, float scale) {
   const float best = score_of(ranking.least);
   uint32_t weights[sizeof(ranking.keys) / sizeof(uint32_t)] = {};
@@ -200,14 +368,14 @@ __device__ __forceinline__ uint32_t count_of_mass(const Ranking& ranking, const 
     }
   };
   if constexpr (kIsHeld) {
-    ranking.for_each(key_of, [&](uint32_t key, int32_t, int n) {
+    ranking.for_each(score_at, [&](uint32_t key, int32_t, int n) {
       weights[n] = key == kNoKey ? 0u : softmax_weight(key, best, scale);
     });
   }
   // Entries that are not ranked weigh nothing, so that their keys need no test.
   const auto mass_of = [&](const auto& is_in) {
     uint64_t sum = 0;
-    ranking.for_each(key_of, [&](uint32_t key, int32_t, int n) {
+    ranking.for_each(score_at, [&](uint32_t key, int32_t, int n) {
       if (is_in(key)) sum += weight_of(key, n);
     });
     return ranking.group.sum(sum);
@@ -230,7 +398,7 @@ __device__ __forceinline__ uint32_t count_of_mass(const Ranking& ranking, const 
   // All entries with the key `high` weigh the same.
   const uint64_t below = mass_of([&](uint32_t key) { return key < high; });
   uint32_t count = 0;
-  ranking.for_each(key_of, [&](uint32_t key, int32_t, int) { count += key < high; });
+  ranking.for_each(score_at, [&](uint32_t key, int32_t, int) { count += key < high; });
   count = ranking.group.sum(count);
   const uint32_t weight = softmax_weight(high, best, scale);
   const uint64_t missing = needed > below ? needed - below : 0;
