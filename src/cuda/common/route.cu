@@ -20,7 +20,8 @@ namespace {
 // Projections ------------------------------------------------------------------------------------
 
 /// folded[h][c][a] = sum over r of Wk[r][c] Wq[r][a] (ld x ld, zeros from D on), the transpose of
-/// Wq^T Wk.
+/// Wq^T Wk. Multiplies while the kernel before ends: that is one of the router's, which has itself
+/// waited for whoever wrote the matrices.
 constexpr int kFoldTile = 32, kFoldThreads = 256;
 __global__ void __launch_bounds__(kFoldThreads)
     fold_kernel(const float* proj_q, const float* proj_k, int64_t stride_h, int32_t head_dim,
@@ -54,6 +55,7 @@ __global__ void __launch_bounds__(kFoldThreads)
       }
     }
   }
+  await_last_kernel();
 #pragma unroll
   for (int n = 0; n < kFoldTile / kStep; ++n) {
     const int32_t c = first_c + y + n * kStep;

@@ -9,6 +9,7 @@ KERNELS = Path(__file__).parents[3] / "src" / "cuda"
 #: is read, and in every thread before anything is written.
 WAITS_LATER = {
     "pool_kernel": ("await_last_kernel();", 3),  # reads q while the pooling of k ends
+    "fold_kernel": ("await_last_kernel();", 1),  # multiplies matrices of the caller before
     "route_tile_kernel": ("begin_kernel();", 1),  # finds its tile before
     # With a linear branch its loading warps wait, once they need the sums of the last kernel.
     "sparse_forward_sm90_kernel": ("begin_kernel();", 1),
