@@ -162,16 +162,16 @@ const float* project(const RouteParams& params, const RouteSpace& space, void* s
          {.blocks = num_matrices * num_fold_tiles * num_fold_tiles, .threads = kFoldThreads},
          stream, params.proj_q, params.proj_k, params.proj_stride_h, frame.head_dim,
          static_cast<int32_t>(space.ld), space.folded);
-  launch_product({.a = space.pooled_q,
-                  .b = space.folded,
-                  .c = space.projected,
-                  .ld = space.ld,
-                  .ld_c = space.ld,
-                  .num_rows = frame.queries.num_blocks,
-                  .num_cols = static_cast<int32_t>(space.ld),
-                  .num_heads = frame.num_heads,
-                  .b_group = is_shared ? frame.num_heads : 1},
-                 space.num_tiles, stream);
+  launch_whole_product({.a = space.pooled_q,
+                        .b = space.folded,
+                        .c = space.projected,
+                        .ld = space.ld,
+                        .ld_c = space.ld,
+                        .num_rows = frame.queries.num_blocks,
+                        .num_cols = static_cast<int32_t>(space.ld),
+                        .num_heads = frame.num_heads,
+                        .b_group = is_shared ? frame.num_heads : 1},
+                       int64_t{frame.batch} * frame.num_heads, stream);
   return space.projected;
 }
 
