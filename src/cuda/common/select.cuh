@@ -217,31 +217,49 @@ struct alignas(16) WarpBins {
   }
 };
 
-/// The same of a row that one warp holds, without a search: entries are counted in bins of equal
-/// width, and the few in the bins where a prefix ends are compared with each other. False, and
-/// `cuts` as they were, where these are more than a warp has lanes, or scores are no numbers or as
-/// good as equal. wanted[0] <= wanted[1].
-template <class Ranking, class ScoreAt>
-__device__ __forceinline__ bool find_cuts_in_bins(const Ranking& ranking, const ScoreAt& score_at,
-                                                  const uint32_t (&wanted)[2], WarpBins& bins,
-                                                  Cut (&cuts)[2]) {
-  constexpr int kItems = sizeof(ranking.keys) / sizeof(uint32_t), kLaneBins = WarpBins::kLaneBins;
+/// Entries of a row that rank next to each other: `before` of the row rank before them.
+struct KeySpan {
+  uint32_t least = kNoKey, most = 0, before = 0;
+};
+
+/// Turns keys of a span into bins of equal width, as numbers from kFirst on.
+struct BinScale {
   // 2: its last bit is 2^-22, and of a bin's number and this no more is left than of the number
   // when they are made an address.
-  constexpr uint32_t kFirst = 0x40000000u;
-  constexpr uint32_t kCountMask = 0xfffu;
+  static constexpr uint32_t kFirst = 0x40000000u;
+
+  float best, scale;
+
+  __device__ BinScale(const KeySpan& span, int num_bins) : best(number_of(span.least)) {
+    const float spread = best - number_of(span.most);
+    const bool is_usable = spread > 1e-30f && spread < 1e30f;
+    scale = is_usable ? __fdividef((num_bins - 1) * 0x1p-22f, spread) : 0.0f;
+  }
+  __device__ __forceinline__ uint32_t bin(uint32_t key) const {
+    return __float_as_uint(fmaf(best - number_of(key), scale, 2.0f));
+  }
+};
+
+/// The same of a row that one warp holds, without a search: entries are counted in bins, and the
+/// few in the bins where a prefix ends are compared with each other. False where these are more
+/// than a warp has lanes, and `spans` what is in the bins; cuts are as they were. `bin_at(key)`:
+/// rises with the key, past those of all bins for an entry that is in none. wanted[0] <= wanted[1],
+/// of the entries in bins.
+template <class Ranking, class ScoreAt, class BinAt>
+__device__ __forceinline__ bool find_cuts_in_bins(const Ranking& ranking, const ScoreAt& score_at,
+                                                  const BinAt& bin_at, const uint32_t (&wanted)[2],
+                                                  WarpBins& bins, Cut (&cuts)[2],
+                                                  KeySpan (&spans)[2]) {
+  constexpr int kItems = sizeof(ranking.keys) / sizeof(uint32_t), kLaneBins = WarpBins::kLaneBins;
+  constexpr uint32_t kFirst = BinScale::kFirst, kCountMask = 0xfffu;
   static_assert(kItems * kWarpSize <= kCountMask && WarpBins::kBins <= 256);
-  const float best = number_of(ranking.least), spread = best - number_of(ranking.most);
-  if (!(spread > 1e-30f && spread < 1e30f)) return false;
-  const float scale = __fdividef((WarpBins::kBins - 1) * 0x1p-22f, spread);
   const int lane = lane_index();
 
   bins.candidates[lane] = ~uint64_t{0};
-  __syncwarp();             // of the zeros, in all lanes
-  uint32_t bin_of[kItems];  // from kFirst on; larger than that of any bin where there is no key
+  __syncwarp();  // of the zeros, in all lanes
+  uint32_t bin_of[kItems];
   ranking.for_each(score_at, [&](uint32_t key, int32_t, int n) {
-    const float bin = fmaf(best - number_of(key), scale, 2.0f);
-    bin_of[n] = min(__float_as_uint(bin), kFirst + WarpBins::kBins);
+    bin_of[n] = min(bin_at(key), kFirst + WarpBins::kBins);
     atomicAdd(&bins.counts[bin_of[n] - kFirst], 1u);
   });
   __syncwarp();
@@ -282,12 +300,22 @@ __device__ __forceinline__ bool find_cuts_in_bins(const Ranking& ranking, const 
     count[c] = found >> 12 & kCountMask;
     bin[c] = kFirst + (found >> 24);
   }
-  uint32_t num = count[0];  // of candidates
-  if (bin[0] != bin[1]) {
-    first_wanted[1] += num;
-    num += count[1];
+  const uint32_t num = count[0] + (bin[0] != bin[1] ? count[1] : 0u);  // of candidates
+  if (num > kWarpSize) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      spans[c] = {.before = wanted[c] - 1 - first_wanted[c]};
+      ranking.for_each(score_at, [&](uint32_t key, int32_t, int n) {
+        if (bin_of[n] != bin[c]) return;
+        spans[c].least = min(spans[c].least, key);
+        spans[c].most = max(spans[c].most, key);
+      });
+      spans[c].least = __reduce_min_sync(kAllLanes, spans[c].least);
+      spans[c].most = __reduce_max_sync(kAllLanes, spans[c].most);
+    }
+    return false;
   }
-  if (num > kWarpSize) return false;
+  if (bin[0] != bin[1]) first_wanted[1] += count[0];
 
   uint32_t is_candidate[(kItems + 31) / 32] = {};
 #pragma unroll
@@ -342,10 +370,41 @@ template <bool kIsOneWarp, bool kIsHeld, int kItems, class ScoreAt>
 __device__ __forceinline__ void find_cuts(const Ranking<kIsOneWarp, kIsHeld, kItems>& ranking,
                                           const ScoreAt& score_at, uint32_t first, uint32_t second,
                                           WarpBins* bins, Cut (&cuts)[2]) {
+  const bool has_all = second == ranking.num;  // whose end is known
   if constexpr (kIsOneWarp && kIsHeld) {
-    const bool has_all = second == ranking.num;  // whose end is known
+    constexpr uint32_t kNone = BinScale::kFirst + WarpBins::kBins;
     const uint32_t wanted[2] = {first, has_all ? first : second};
-    if (find_cuts_in_bins(ranking, score_at, wanted, *bins, cuts)) {
+    const KeySpan all{.least = ranking.least, .most = ranking.most};
+    const BinScale scale(all, WarpBins::kBins);
+    KeySpan spans[2];
+    bool is_found = scale.scale > 0.0f;
+    if (is_found) {
+      is_found = find_cuts_in_bins(
+          ranking, score_at, [&](uint32_t key) { return scale.bin(key); }, wanted, *bins, cuts,
+          spans);
+      if (!is_found) {  // once more, with half of the bins for each of the two
+        constexpr int kHalf = WarpBins::kBins / 2;
+        const BinScale scales[2] = {BinScale(spans[0], kHalf), BinScale(spans[1], kHalf)};
+        const uint32_t lengths[2] = {spans[0].most - spans[0].least,
+                                     spans[1].most - spans[1].least};
+        const bool is_one = spans[0].least == spans[1].least;
+        const auto bin_at = [&](uint32_t key) {
+          if (key - spans[0].least <= lengths[0]) return scales[0].bin(key);
+          return key - spans[1].least <= lengths[1] ? scales[1].bin(key) + kHalf : kNone;
+        };
+        uint32_t rest[2] = {wanted[0] - spans[0].before, wanted[1] - spans[1].before};
+        if (!is_one) {
+          uint32_t num = 0;
+          ranking.for_each(score_at, [&](uint32_t key, int32_t, int) {
+            num += key - spans[0].least <= lengths[0];
+          });
+          rest[1] += __reduce_add_sync(kAllLanes, num);
+        }
+        KeySpan unused[2];
+        is_found = find_cuts_in_bins(ranking, score_at, bin_at, rest, *bins, cuts, unused);
+      }
+    }
+    if (is_found) {
       if (has_all) cuts[1] = {.key = ranking.most};
       return;
     }
