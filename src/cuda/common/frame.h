@@ -44,6 +44,20 @@ struct Axis {
     const int32_t rest = length - begin;
     return {begin, rest < block_rows ? rest : block_rows, 0, num_other_blocks, 0, 0, length, 0};
   }
+  /// The first block whose sequence is not below `sequence`.
+  SPARLINE_HOST_DEVICE int32_t first_block_of(int32_t sequence) const {
+    if (table == nullptr) return sequence <= 0 ? 0 : num_blocks;
+    int32_t begin = 0, end = num_blocks;
+    while (begin < end) {
+      const int32_t middle = begin + (end - begin) / 2;
+      if (table[middle].sequence < sequence) {
+        begin = middle + 1;
+      } else {
+        end = middle;
+      }
+    }
+    return begin;
+  }
 };
 
 /// The sizes every kernel needs.

@@ -96,21 +96,6 @@ struct MeanParams {
   bool is_centred = false;
 };
 
-/// The first block whose sequence is not below `sequence`.
-__device__ __forceinline__ int32_t first_block_of(const Axis& axis, int32_t sequence) {
-  if (axis.table == nullptr) return sequence <= 0 ? 0 : axis.num_blocks;
-  int32_t begin = 0, end = axis.num_blocks;
-  while (begin < end) {
-    const int32_t middle = begin + (end - begin) / 2;
-    if (axis.table[middle].sequence < sequence) {
-      begin = middle + 1;
-    } else {
-      end = middle;
-    }
-  }
-  return begin;
-}
-
 /// The mean of a slice of columns of one sequence, and the means of its blocks less that one.
 /// idx = (pair sequences + sequence) slices + slice. Eight threads for each block in turn.
 __device__ __forceinline__ void find_mean(const MeanParams& params, int32_t idx) {
@@ -123,8 +108,8 @@ __device__ __forceinline__ void find_mean(const MeanParams& params, int32_t idx)
   const int col = lane_index() % kMeanCols;
   const int32_t d = idx % num_slices * kMeanCols + col;
   const bool has_column = d < params.head_dim;
-  const int32_t begin = first_block_of(params.axis, sequence);
-  const int32_t end = first_block_of(params.axis, sequence + 1);
+  const int32_t begin = params.axis.first_block_of(sequence);
+  const int32_t end = params.axis.first_block_of(sequence + 1);
   const int32_t first = begin + static_cast<int32_t>(threadIdx.x) / kMeanCols;
   float* const sums = params.sums + int64_t{pair} * params.axis.num_blocks * params.ld + d;
 

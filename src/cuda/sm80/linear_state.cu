@@ -697,21 +697,6 @@ struct SequenceSumsJob {
   bool skips_protected = false;
 };
 
-/// The first block of the axis whose sequence is at least `sequence`.
-__device__ __forceinline__ int32_t first_block_of(const Axis& axis, int32_t sequence) {
-  if (axis.table == nullptr) return sequence == 0 ? 0 : axis.num_blocks;
-  int32_t begin = 0, end = axis.num_blocks;
-  while (begin < end) {
-    const int32_t middle = (begin + end) / 2;
-    if (axis.table[middle].sequence < sequence) {
-      begin = middle + 1;
-    } else {
-      end = middle;
-    }
-  }
-  return begin;
-}
-
 __global__ __launch_bounds__(kThreads) void sum_states_kernel(SequenceSumsJob job) {
   begin_kernel();
   constexpr int kVectors = 16, kLanes = kThreads / kVectors;
@@ -724,8 +709,8 @@ __global__ __launch_bounds__(kThreads) void sum_states_kernel(SequenceSumsJob jo
   const int64_t out = static_cast<int32_t>(blockIdx.x) / tiles;
   const int32_t sequence = static_cast<int32_t>(out) % job.axis.num_sequences;
   const int64_t pair = static_cast<int32_t>(out) / job.axis.num_sequences;
-  const int32_t begin = first_block_of(job.axis, sequence);
-  const int32_t end = first_block_of(job.axis, sequence + 1);
+  const int32_t begin = job.axis.first_block_of(sequence);
+  const int32_t end = job.axis.first_block_of(sequence + 1);
 
   float sum[8] = {};
   if (vector < num_vectors) {
