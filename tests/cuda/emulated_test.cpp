@@ -827,6 +827,61 @@ TEST(Law, NanStaysInItsHead) {
   }
 }
 
+/// Nor does one in a packed sequence reach another one, neither forward nor backward: sums of
+/// states whose tiles and vectors hold blocks of several.
+TEST(Law, NanStaysInItsSequence) {
+  constexpr int64_t kEnds[] = {0, 70, 180, 240};
+  uint64_t seed = 0;
+  for (const Combine combine :
+       {Combine::kSparse, Combine::kLinear, Combine::kSum, Combine::kProjection, Combine::kBlend}) {
+    for (const BlockMap map : {BlockMap::kClass, BlockMap::kSoft}) {
+      Case c = plain_case();
+      c.seed = ++seed;
+      Problem& p = c.problem;
+      p.dtype = seed % 4 < 2 ? DType::kBF16 : DType::kF16;
+      p.combine = combine;
+      p.block_map = map;
+      p.linear_scope = map == BlockMap::kSoft || seed % 3 == 0 ? LinearScope::kComplement
+                                                               : LinearScope::kMarginal;
+      p.num_queries = p.num_keys = kEnds[3];
+      for (int n = 0; n < 3; ++n) {
+        p.query_segments.push_back({kEnds[n], kEnds[n + 1], n, false});
+        p.key_segments.push_back({kEnds[n], kEnds[n + 1], n, false});
+      }
+      const Inputs clean = random_inputs(c);
+      std::string misuse, of_poison;  // a NaN that is written looks like one that is not
+      const Outputs want = run(c, clean, &misuse);
+      EXPECT_EQ(misuse, "") << describe(c);
+      for (Array Inputs::* const where : {&Inputs::q, &Inputs::k, &Inputs::v, &Inputs::d_o}) {
+        const double poison = seed % 2 == 0 ? std::nan("") : HUGE_VAL;
+        Inputs inputs = clean;
+        Array& target = inputs.*where;
+        for (int64_t h = 0; h < target.shape[1]; ++h) {
+          double* const begin = target.row(0, h, kEnds[1]);
+          std::fill(begin, target.row(0, h, kEnds[2]), poison);
+        }
+        const Outputs got = run(c, inputs, &of_poison);
+        for (Array Outputs::* const what :
+             {&Outputs::o, &Outputs::d_q, &Outputs::d_k, &Outputs::d_v}) {
+          for (const int n : {0, 2}) {
+            EXPECT_TRUE(is_same_in_rows(got.*what, want.*what, kEnds[n], kEnds[n + 1]))
+                << (what == &Outputs::o     ? "o"
+                    : what == &Outputs::d_q ? "d_q"
+                    : what == &Outputs::d_k ? "d_k"
+                                            : "d_v")
+                << " where " << poison << " is in "
+                << (where == &Inputs::q   ? "q"
+                    : where == &Inputs::k ? "k"
+                    : where == &Inputs::v ? "v"
+                                          : "d_o")
+                << ": " << describe(c);
+          }
+        }
+      }
+    }
+  }
+}
+
 // Routing, against the CPU backend ---------------------------------------------------------------
 
 Array random_array(std::mt19937_64& engine, std::array<int64_t, 4> shape, double deviation,

@@ -480,18 +480,23 @@ struct SumsJob {
   int32_t num_sums = 0, num_states = 0;  // M and K of one product
   int32_t group = 1, planes = 1;
   int32_t tiles_m = 1, tiles_n = 1;
-  // Packed sequences: block m of the sums adds up states of its own sequence only.
-  const BlockInfo* table = nullptr;  // of the sums' axis; null: one sequence
+  Axis axis;  // of the sums: block m adds up the states of its own sequence
 };
 
 /// Walks the chunks of K, the states [begin, end) of each product (head of the group, plane), and
-/// copies them to shared memory. Pointers are those of the thread's first vector of a chunk.
+/// copies them to shared memory: from a multiple of 8 on, so that vectors of the weights stay
+/// aligned, with zeros for the states before `begin`. Pointers are those of the thread's first
+/// vector of a chunk.
 template <bool kIsTransposed>
 class ChunkLoader {
  public:
   __device__ ChunkLoader(const SumsJob& job, int32_t matrix, int32_t first_m, int32_t first_n,
                          int32_t begin, int32_t end)
-      : job_(job), num_states_(end - begin), left_(end - begin) {
+      : job_(job),
+        num_before_(begin % 8),
+        num_states_(end <= begin ? 0 : end - begin + num_before_),
+        left_(num_states_) {
+    begin -= num_before_;
     const int thread = static_cast<int>(threadIdx.x);
     const int64_t head = kIsTransposed ? int64_t{matrix} * job.group : matrix;
     const int64_t states_matrix = kIsTransposed ? head : matrix / job.group;
@@ -514,14 +519,24 @@ class ChunkLoader {
     b_ = b_first_;
   }
 
+  /// Of all products.
+  __device__ int32_t num_chunks() const {
+    const int32_t num_products = job_.planes * (kIsTransposed ? job_.group : 1);
+    return (num_states_ + kTileK - 1) / kTileK * num_products;
+  }
+
   /// The next chunk, to the stage's tiles; does nothing after the last. The caller commits.
   __device__ __forceinline__ void load(bf16* a_tile, bf16* b_tile) {
     if (left_ <= 0) return;
     const int thread = static_cast<int>(threadIdx.x);
     bf16* const b_to = SharedTile<bf16, kTileK, kTileN>{b_tile}.chunk(b_row_, thread % kColVectors);
+    constexpr int kStep = kSumsThreads / kColVectors;
+    static_assert(kStep == 8);  // swizzled alike; states before the first one are in the first step
+    const bool is_b = is_b_col_ && (b_row_ >= num_before_ || left_ < num_states_);
 #pragma unroll
-    for (int r = 0; r < kTileK; r += kSumsThreads / kColVectors) {  // 8: swizzled alike
-      cp_async_16(b_to + r * kTileN, b_ + r * job_.width, is_b_col_ && b_row_ + r < left_);
+    for (int r = 0; r < kTileK; r += kStep) {
+      cp_async_16(b_to + r * kTileN, b_ + r * job_.width,
+                  (r == 0 ? is_b : is_b_col_) && b_row_ + r < left_);
     }
     if constexpr (kIsTransposed) {
       bf16* const a_to = SharedTile<bf16, kTileK, kTileM>{a_tile}.chunk(a_row_, thread % 16);
@@ -558,8 +573,9 @@ class ChunkLoader {
   }
 
   const SumsJob& job_;
-  const int32_t num_states_;
-  int32_t left_;  // states from a_ and b_ on
+  const int32_t num_before_;  // states from the first vector on that are not of this sequence
+  const int32_t num_states_;  // with these
+  int32_t left_;              // states from a_ and b_ on
   const bf16 *a_, *b_, *a_first_, *b_first_;
   int32_t a_row_, b_row_, num_a_;
   bool is_b_col_;
@@ -584,103 +600,97 @@ __global__ __launch_bounds__(kSumsThreads, 2) void aggregate_kernel(SumsJob job)
   const int32_t first_n = idx % job.tiles_n * kTileN;
   const int32_t matrix = idx / job.tiles_n;
 
-  // The states of the sequences of these sums.
-  int32_t begin = 0, end = job.num_states;
-  if (job.table != nullptr) {
-    begin = end;
-    end = 0;
-    for (int32_t m = first_m; m < first_m + kTileM && m < job.num_sums; ++m) {
-      const BlockInfo block = job.table[m];
-      if (block.other_begin >= block.other_end) continue;
-      begin = block.other_begin < begin ? block.other_begin : begin;
-      end = block.other_end > end ? block.other_end : end;
-    }
-    begin = begin / 8 * 8;  // vectors of the weights stay aligned
-  }
-  const int32_t num_products = job.planes * (kIsTransposed ? job.group : 1);
-  const int32_t num_chunks = end <= begin ? 0 : (end - begin + kTileK - 1) / kTileK * num_products;
+  // One sequence of the tile after the other: 0 times a state of another one may be NaN.
+  const int32_t num_rows = min(kTileM, job.num_sums - first_m);
+  for (int32_t first_row = 0, past_row; first_row < num_rows; first_row = past_row) {
+    const BlockInfo block = job.axis.block(first_m + first_row);
+    past_row = min(num_rows, job.axis.first_block_of(block.sequence + 1) - first_m);
+    ChunkLoader<kIsTransposed> loader(job, matrix, first_m, first_n, block.other_begin,
+                                      block.other_end);
+    const int32_t num_chunks = loader.num_chunks();
+    const auto load_next = [&](int stage) {
+      loader.load(a_data(stage), b_tile(stage).data);
+      cp_async_commit();
+    };
 
-  ChunkLoader<kIsTransposed> loader(job, matrix, first_m, first_n, begin, end);
-  const auto load_next = [&](int stage) {
-    loader.load(a_data(stage), b_tile(stage).data);
-    cp_async_commit();
-  };
-
-  // Fragments are read ahead of their use: those of A by a step of 16, those of B by 16 columns.
-  float sum[4][8][4] = {};  // (64 x 64) a warp
-  uint32_t a[2][4][4], b[2][4];
-  const auto load_a_of = [&](int stage, int step, int m) {
-    if constexpr (kIsTransposed) {
-      load_a_trans(a[step][m], SharedTile<bf16, kTileK, kTileM>{a_data(stage)}, step * 16,
-                   warp_m + m * 16, lane);
-    } else {
-      load_a(a[step][m], NarrowTile<kTileM>{a_data(stage)}, warp_m + m * 16, step * 16, lane);
-    }
-  };
-  const auto load_b_of = [&](int stage, int step, int n) {
-    load_b_trans(b[n % 2], b_tile(stage), step * 16, warp_n + n * 16, lane);
-  };
-  const auto start_chunk = [&](int stage) {
-    cp_async_wait<kStages - 2>();
-    __syncthreads();
+    // Fragments are read ahead of their use: those of A by a step of 16, those of B by 16 columns.
+    float sum[4][8][4] = {};  // (64 x 64) a warp
+    uint32_t a[2][4][4], b[2][4];
+    const auto load_a_of = [&](int stage, int step, int m) {
+      if constexpr (kIsTransposed) {
+        load_a_trans(a[step][m], SharedTile<bf16, kTileK, kTileM>{a_data(stage)}, step * 16,
+                     warp_m + m * 16, lane);
+      } else {
+        load_a(a[step][m], NarrowTile<kTileM>{a_data(stage)}, warp_m + m * 16, step * 16, lane);
+      }
+    };
+    const auto load_b_of = [&](int stage, int step, int n) {
+      load_b_trans(b[n % 2], b_tile(stage), step * 16, warp_n + n * 16, lane);
+    };
+    const auto start_chunk = [&](int stage) {
+      cp_async_wait<kStages - 2>();
+      __syncthreads();
 #pragma unroll
-    for (int m = 0; m < 4; ++m) load_a_of(stage, 0, m);
-    load_b_of(stage, 0, 0);
-  };
+      for (int m = 0; m < 4; ++m) load_a_of(stage, 0, m);
+      load_b_of(stage, 0, 0);
+    };
 
 #pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) load_next(s);
-  start_chunk(0);
-  for (int chunk = 0; chunk < num_chunks; ++chunk) {
-    const int stage = chunk % kStages;
-    load_next((chunk + kStages - 1) % kStages);  // where the chunk before this one was
+    for (int s = 0; s < kStages - 1; ++s) load_next(s);
+    start_chunk(0);
+    for (int chunk = 0; chunk < num_chunks; ++chunk) {
+      const int stage = chunk % kStages;
+      load_next((chunk + kStages - 1) % kStages);  // where the chunk before this one was
 #pragma unroll
-    for (int step = 0; step < 2; ++step) {
+      for (int step = 0; step < 2; ++step) {
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        if (step == 0) load_a_of(stage, 1, n);
-        if (n < 3) {
-          load_b_of(stage, step, n + 1);
-        } else if (step == 0) {
-          load_b_of(stage, 1, 0);
-        } else {
-          start_chunk((stage + 1) % kStages);
-        }
+        for (int n = 0; n < 4; ++n) {
+          if (step == 0) load_a_of(stage, 1, n);
+          if (n < 3) {
+            load_b_of(stage, step, n + 1);
+          } else if (step == 0) {
+            load_b_of(stage, 1, 0);
+          } else {
+            start_chunk((stage + 1) % kStages);
+          }
 #pragma unroll
-        for (int m = 0; m < 4; ++m) {
-          mma<bf16>(sum[m][2 * n], a[step][m], b[n % 2][0], b[n % 2][1]);
-          mma<bf16>(sum[m][2 * n + 1], a[step][m], b[n % 2][2], b[n % 2][3]);
+          for (int m = 0; m < 4; ++m) {
+            mma<bf16>(sum[m][2 * n], a[step][m], b[n % 2][0], b[n % 2][1]);
+            mma<bf16>(sum[m][2 * n + 1], a[step][m], b[n % 2][2], b[n % 2][3]);
+          }
         }
       }
     }
-  }
 
-  // Through shared memory, so that rows leave in whole vectors. Rows are swizzled by lane / 4, so
-  // that the address of a pair is an exclusive or.
-  static_assert(kTileM * kTileN * 2 <= kStages * kStageBytes);
-  const SharedTile<bf16, kTileM, kTileN> out{reinterpret_cast<bf16*>(shared)};
-  uint32_t* const pairs =
-      reinterpret_cast<uint32_t*>(out.data + (warp_m + lane / 4) * kTileN + warp_n);
-  cp_async_wait<0>();
-  __syncthreads();
+    // Through shared memory, so that rows leave in whole vectors. Rows are swizzled by lane / 4, so
+    // that the address of a pair is an exclusive or.
+    static_assert(kTileM * kTileN * 2 <= kStages * kStageBytes);
+    const SharedTile<bf16, kTileM, kTileN> out{reinterpret_cast<bf16*>(shared)};
+    uint32_t* const pairs =
+        reinterpret_cast<uint32_t*>(out.data + (warp_m + lane / 4) * kTileN + warp_n);
+    cp_async_wait<0>();
+    __syncthreads();
 #pragma unroll
-  for (int m = 0; m < 4; ++m) {
+    for (int m = 0; m < 4; ++m) {
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      uint32_t* const pair = pairs + m * (16 * kTileN / 2) + (n * 4 ^ lane);
-      pair[0] = pack<bf16>(sum[m][n][0], sum[m][n][1]);
-      pair[8 * kTileN / 2] = pack<bf16>(sum[m][n][2], sum[m][n][3]);
+      for (int n = 0; n < 8; ++n) {
+        uint32_t* const pair = pairs + m * (16 * kTileN / 2) + (n * 4 ^ lane);
+        pair[0] = pack<bf16>(sum[m][n][0], sum[m][n][1]);
+        pair[8 * kTileN / 2] = pack<bf16>(sum[m][n][2], sum[m][n][3]);
+      }
     }
-  }
-  __syncthreads();
-  const int32_t col = first_n + thread % kColVectors * 8, row = thread / kColVectors;
-  const int32_t rest = col < job.width ? job.num_sums - first_m - row : 0;
-  bf16* to = job.sums + (int64_t{matrix} * job.num_sums + first_m + row) * job.width + col;
-  constexpr int kRowsAtOnce = kSumsThreads / kColVectors;
+    __syncthreads();
+    const int32_t col = first_n + thread % kColVectors * 8, row = thread / kColVectors;
+    const int32_t past = col < job.width ? past_row : 0;
+    bf16* to = job.sums + (int64_t{matrix} * job.num_sums + first_m + row) * job.width + col;
+    constexpr int kRowsAtOnce = kSumsThreads / kColVectors;
 #pragma unroll 8
-  for (int r = 0; r < kTileM; r += kRowsAtOnce, to += kRowsAtOnce * job.width) {
-    const uint4 vector = *reinterpret_cast<const uint4*>(out.chunk(row + r, thread % kColVectors));
-    if (r < rest) *reinterpret_cast<uint4*>(to) = vector;
+    for (int r = 0; r < kTileM; r += kRowsAtOnce, to += kRowsAtOnce * job.width) {
+      const uint4 vector =
+          *reinterpret_cast<const uint4*>(out.chunk(row + r, thread % kColVectors));
+      if (row + r >= first_row && row + r < past) *reinterpret_cast<uint4*>(to) = vector;
+    }
+    __syncthreads();  // before the stages are written again
   }
 }
 
@@ -808,7 +818,7 @@ void aggregate(const LinearParams& params, const bf16_t* weights, int64_t width,
               .num_states = is_transposed ? num_query_blocks : num_key_blocks,
               .group = frame.group(),
               .planes = num_weight_planes(params.is_soft),
-              .table = is_transposed ? frame.keys.table : frame.queries.table};
+              .axis = is_transposed ? frame.keys : frame.queries};
   job.tiles_m = static_cast<int32_t>(ceil_div(job.num_sums, kTileM));
   job.tiles_n = static_cast<int32_t>(ceil_div(job.width, kTileN));
   const int64_t num_matrices = int64_t{params.wave.count} * (is_transposed ? 1 : job.group);
