@@ -159,109 +159,181 @@ class SparseForwardSm90Rows {
 
   // The linear tile ----------------------------------------------------------------------------
 
-  /// P v of the last tile of keys; then o_s and what multiplies H_i take their shares of o, so that
-  /// the product with H_i, in the next step, has only to be added: A = phi(q) c / (phi(q) . Z_i).
+  /// P v of the last tile of keys, and beside it A = phi(q), which multiplies H_i in the next step.
+  /// A is not divided by phi(q) . Z_i: o_s is multiplied by that instead, and o is divided by it
+  /// when it is stored, so that nothing of A waits for its sum.
   template <int kKeysBefore>
   __device__ __forceinline__ void linear_step() {
     const int z_slot = k_.slot;
+    const BlockPlace& at = shared_.places[block_];
+    const float logits[2] = {load_logit(at, 0), load_logit(at, 1)};
     if constexpr (Traits::kTakesTurns) sync_named(warp_index() / 4, kMultiplyThreads);
     const int v_slot = v_.slot;
     start_values<kKeysBefore>();
     if constexpr (Traits::kTakesTurns) arrive_named(3 - warp_index() / 4, kMultiplyThreads);
-    const BlockPlace& at = shared_.places[block_];
-    const float* const z = reinterpret_cast<const float*>(shared_.slots[z_slot]) + lane_ % 4 * 2;
     uint32_t a[kHeadDim / 4];
-    float o_share[2];  // a / l
-    bool has_linear[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) make_a(a, at, half, z, o_share[half], has_linear[half]);
+    float den[2];
+    make_a(a, reinterpret_cast<const float*>(shared_.slots[z_slot]) + lane_ % 4 * 2, den);
     __syncwarp();
     release(z_slot);
+    float o_factor[2];
+    Shares shares[2];
+    bool has_linear[2] = {true, true}, is_usual = true;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      shares[half] = shares_of(logits[half]);
+      const float divisor = den[half] * shares[half].inverse_c;
+      is_usual = is_usual && divisor >= 0x1p-32f && divisor <= 0x1p32f;
+      o_factor[half] = shares[half].a_to_c * den[half];
+      inverse_[half] = __fdividef(1.0f, divisor);
+    }
+    if (__builtin_expect(!__all_sync(kAllLanes, is_usual), 0)) {
+      divide_a(a, den, shares, o_factor, has_linear);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      o_factor[half] *= finish_row(block_, at, half, row_max_[half], row_sum_[half]);
+    }
     wgmma_wait<0>();
     release(v_slot);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      o_share[half] *= finish_row(block_, at, half, row_max_[half], row_sum_[half]);
-    }
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 2; ++n) o_[n] *= o_share[n / 2 % 2];
+    for (int n = 0; n < kHeadDim / 2; ++n) o_[n] *= o_factor[n / 2 % 2];
 #pragma unroll
     for (int n = 0; n < kHeadDim / 4; ++n) {
-      p_frag_[n] = has_linear[n % 2] ? a[n] : 0u;  // 0, even where phi is not finite
+      // 0, even where phi is not finite. A copy alone would make the products wait (C7513).
+      p_frag_[n] = has_linear[n % 2] ? a[n] : 0u;
     }
     is_first_ = false;
   }
-  /// feature_map() of a row times the number that it returns, but for the hedgehog maps: with two
-  /// branches, as with five of them ptxas is short of registers. The softmax is not divided by its
-  /// sum: phi . Z_i, by which it is divided anyway, has that factor too.
-  __device__ __forceinline__ static float apply_map(FeatureMap map, float (&phi)[kHeadDim / 4]) {
-    if (map == FeatureMap::kSoftmax) {
-      float tops[4] = {phi[0], phi[1], phi[2], phi[3]}, sums[4] = {};
+  /// How a row of o is made of both branches, a o_s + c o_l.
+  struct Shares {
+    float a_to_c, inverse_c;  // a / c, 1 / c
+  };
+  __device__ __forceinline__ float load_logit(const BlockPlace& at, int half) const {
+    if (p_.linear.combine != Combine::kBlend || row_of(half) >= at.rows) return 0.0f;
+    return *p_.linear.alpha_logit.at(at.b, at.h, at.begin + row_of(half));
+  }
+  __device__ __forceinline__ Shares shares_of(float logit) const {
+    const bool is_blend = p_.linear.combine == Combine::kBlend;
+    const float a_to_c = exp2_approx(kLog2E * logit);
+    return {is_blend ? a_to_c : (p_.linear.combine == Combine::kLinear ? 0.0f : 1.0f),
+            is_blend ? 1.0f + a_to_c : 1.0f};
+  }
+  /// phi(q) as A fragments, and phi(q) . Z_i of the lane's rows, with epsilon. The softmax is not
+  /// divided by its sum: what it is divided by in the end has that factor too.
+  __device__ __forceinline__ void make_a(uint32_t (&a)[kHeadDim / 4], const float* z,
+                                         float (&den)[2]) const {
+    const FeatureMap map = p_.linear.feature_map;
+    const float epsilon = p_.linear.epsilon;
+    float sums[2][2] = {};
+    const auto add = [&](int n, int half, float low, float high, const float2& of_pair) {
+      sums[half][0] = fmaf(low, of_pair.x, sums[half][0]);
+      sums[half][1] = fmaf(high, of_pair.y, sums[half][1]);
+      a[n * 2 + half] = pack<bf16>(low, high);
+    };
+    if (__builtin_expect(map == FeatureMap::kSoftmax, 1)) {
+      float shift[2];
+      find_shifts(shift);
 #pragma unroll
-      for (int n = 4; n < kHeadDim / 4; ++n) tops[n % 4] = fmaxf(tops[n % 4], phi[n]);
-      const float top = quad_max(fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3])));
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+        float2 of_pair = *reinterpret_cast<const float2*>(z + n * 8);
+        of_pair = {of_pair.x + epsilon, of_pair.y + epsilon};
 #pragma unroll
-      for (int n = 0; n < kHeadDim / 4; ++n) {
-        phi[n] = exp2_approx(fmaf(phi[n], kLog2E, -kLog2E * top));
-        sums[n % 4] += phi[n];
+        for (int half = 0; half < 2; ++half) {
+          const float2 q = to_floats<T>(q_[n * 2 + half]);
+          add(n, half, exp2_approx(fmaf(q.x, kLog2E, shift[half])),
+              exp2_approx(fmaf(q.y, kLog2E, shift[half])), of_pair);
+        }
       }
-      return quad_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    } else {
+      const bool is_elu = map == FeatureMap::kElu1, is_relu = map == FeatureMap::kRelu;
+      const auto apply = [&](float x) {
+        const float e = exp2_approx(fminf(x * kLog2E, 127.0f));
+        if (is_elu) return x <= 0.0f ? e : x + 1.0f;
+        return is_relu && x <= 0.0f ? 0.0f : x;
+      };
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+        const float2 of_pair = *reinterpret_cast<const float2*>(z + n * 8);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float2 q = to_floats<T>(q_[n * 2 + half]);
+          add(n, half, apply(q.x), apply(q.y), of_pair);
+        }
+      }
     }
-    const bool is_elu = map == FeatureMap::kElu1, is_relu = map == FeatureMap::kRelu;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      den[half] = quad_sum(sums[half][0] + sums[half][1]);
+      if (map != FeatureMap::kSoftmax) den[half] += epsilon;
+    }
+  }
+  /// Both elements of a word: of bf16 the bits are those of the upper half of a float.
+  template <class Element>
+  __device__ __forceinline__ static float2 to_floats(uint32_t pair) {
+    if constexpr (std::is_same_v<Element, bf16>) {
+      return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+    } else {
+      const auto elements = std::bit_cast<Pair>(pair);
+      return {to_float(elements.low), to_float(elements.high)};
+    }
+  }
+  /// The larger ones of two times two elements; of a number and NaN the number.
+  __device__ __forceinline__ static uint32_t max_pairs(uint32_t a, uint32_t b) {
+    using Two = std::conditional_t<std::is_same_v<T, bf16>, __nv_bfloat162, __half2>;
+    const Two tops = __hmax2(*reinterpret_cast<Two*>(&a), *reinterpret_cast<Two*>(&b));
+    return *reinterpret_cast<const uint32_t*>(&tops);
+  }
+  /// -log2(e) times the largest query of each of the lane's rows. Maxima of T are exact.
+  __device__ __forceinline__ void find_shifts(float (&shift)[2]) const {
+    uint32_t tops[4] = {q_[0], q_[1], q_[2], q_[3]};
+#pragma unroll
+    for (int n = 4; n < kHeadDim / 4; ++n) tops[n % 4] = max_pairs(tops[n % 4], q_[n]);
+    const uint32_t first = max_pairs(tops[0], tops[2]), second = max_pairs(tops[1], tops[3]);
+    // Both rows in one word.
+    uint32_t top = max_pairs(__byte_perm(first, second, 0x5410),
+                                __byte_perm(first, second, 0x7632));
+    top = max_pairs(top, __shfl_xor_sync(kAllLanes, top, 1));
+    top = max_pairs(top, __shfl_xor_sync(kAllLanes, top, 2));
+    const float2 both = to_floats<T>(top);
+    shift[0] = -kLog2E * both.x;
+    shift[1] = -kLog2E * both.y;
+  }
+  /// Where o times what A is to be divided by might leave the range of floats, or there is nothing
+  /// to divide by: A is divided at once.
+  __device__ __forceinline__ void divide_a(uint32_t (&a)[kHeadDim / 4], const float (&den)[2],
+                                           const Shares (&shares)[2], float (&o_factor)[2],
+                                           bool (&has_linear)[2]) {
+    float factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float inverse = 1.0f / den[half];
+      has_linear[half] = den[half] > 0.0f && den[half] <= FLT_MAX && inverse <= FLT_MAX;
+      factor[half] = inverse / shares[half].inverse_c;
+      o_factor[half] = p_.linear.combine == Combine::kLinear ? 0.0f : 1.0f;
+      if (p_.linear.combine == Combine::kBlend && has_linear[half]) {
+        o_factor[half] = 1.0f / (1.0f + 1.0f / shares[half].a_to_c);
+      }
+      inverse_[half] = 1.0f;
+    }
 #pragma unroll
     for (int n = 0; n < kHeadDim / 4; ++n) {
-      const float x = phi[n];
-      const float e = exp2_approx(fminf(x * kLog2E, 127.0f));
-      phi[n] = is_elu && x <= 0.0f ? e : (is_elu ? x + 1.0f : (is_relu && x <= 0.0f ? 0.0f : x));
-    }
-    return 1.0f;
-  }
-  /// A row of A, where the linear branch is not empty; the share a of the row.
-  __device__ __forceinline__ void make_a(uint32_t (&a)[kHeadDim / 4], const BlockPlace& at,
-                                         int half, const float* z, float& o_share,
-                                         bool& has_linear) const {
-    const LinearTail& linear = p_.linear;
-    float phi[kHeadDim / 4];
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-      const auto q = std::bit_cast<Pair>(q_[n * 2 + half]);
-      phi[n * 2] = to_float(q.low);
-      phi[n * 2 + 1] = to_float(q.high);
-    }
-    const float factor = apply_map(linear.feature_map, phi);
-    float sums[4] = {};
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-      const float2 of_pair = *reinterpret_cast<const float2*>(z + n * 8);
-      sums[n % 2] = fmaf(phi[n * 2], of_pair.x, sums[n % 2]);
-      sums[2 + n % 2] = fmaf(phi[n * 2 + 1], of_pair.y, sums[2 + n % 2]);
-    }
-    __syncwarp();  // holds back the loads of the other half, for which there are no registers
-    const float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    const float den = quad_sum(sum) + linear.epsilon * factor;
-    float share = 1.0f / den;
-    has_linear = den > 0.0f && den <= FLT_MAX && share <= FLT_MAX;
-    o_share = linear.combine == Combine::kLinear ? 0.0f : 1.0f;
-    if (linear.combine == Combine::kBlend && has_linear && row_of(half) < at.rows) {
-      const float logit = *linear.alpha_logit.at(at.b, at.h, at.begin + row_of(half));
-      o_share = 1.0f / (1.0f + __expf(-logit));
-      share *= 1.0f / (1.0f + __expf(logit));
-    }
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-      a[n * 2 + half] = pack<bf16>(phi[n * 2] * share, phi[n * 2 + 1] * share);
+      const float2 phi = to_floats<bf16>(a[n]);
+      a[n] = pack<bf16>(phi.x * factor[n % 2], phi.y * factor[n % 2]);
     }
   }
-  /// Adds the bias and stores o.
+  /// Divides by what linear_step() left, adds the bias and stores o.
   __device__ __forceinline__ void finish_combined(int32_t block) {
     const BlockPlace at = shared_.places[block];
     if (p_.linear.bias != nullptr) {
       const float* const bias = p_.linear.bias + lane_ % 4 * 2;
 #pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) o_[n * 4 + e] += bias[n * 8 + e % 2];
+      for (int n = 0; n < kHeadDim / 2; ++n) {
+        o_[n] = fmaf(o_[n], inverse_[n / 2 % 2], bias[n / 4 * 8 + n % 2]);
       }
+    } else {
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 2; ++n) o_[n] *= inverse_[n / 2 % 2];
     }
     store_row(at, 0, 1.0f);
     store_row(at, 1, 1.0f);
@@ -509,6 +581,7 @@ class SparseForwardSm90Rows {
   uint32_t q_[kHeadDim / 4];          // q
   float row_max_[2], row_sum_[2];     // m, log2 units; l of this lane's columns
   float factor_[2], last_factor_[2];  // what raise() multiplies by, in this tile and at last
+  float inverse_[2];                  // what o of a linear tile is yet to be multiplied by
   bool is_raised_ = false;
   bool is_first_ = true;  // whether nothing is in o yet
 };
