@@ -159,9 +159,9 @@ class SparseForwardSm90Rows {
 
   // The linear tile ----------------------------------------------------------------------------
 
-  /// P v of the last tile of keys, and beside it A = phi(q), which multiplies H_i in the next step.
-  /// A is not divided by phi(q) . Z_i: o_s is multiplied by that instead, and o is divided by it
-  /// when it is stored, so that nothing of A waits for its sum.
+  /// P v of the last tile of keys, and beside it phi(q), which multiplies H_i in the next step. It
+  /// is not divided by phi(q) . Z_i: o_s is multiplied by that instead, and o is divided by it
+  /// before it is stored.
   template <int kKeysBefore>
   __device__ __forceinline__ void linear_step() {
     const int z_slot = k_.slot;
@@ -171,14 +171,13 @@ class SparseForwardSm90Rows {
     const int v_slot = v_.slot;
     start_values<kKeysBefore>();
     if constexpr (Traits::kTakesTurns) arrive_named(3 - warp_index() / 4, kMultiplyThreads);
-    uint32_t a[kHeadDim / 4];
-    float den[2];
-    make_a(a, reinterpret_cast<const float*>(shared_.slots[z_slot]) + lane_ % 4 * 2, den);
+    float phi[kHeadDim / 2], den[2];
+    make_phi(phi, reinterpret_cast<const float*>(shared_.slots[z_slot]) + lane_ % 4 * 2, den);
     __syncwarp();
     release(z_slot);
     float o_factor[2];
     Shares shares[2];
-    bool has_linear[2] = {true, true}, is_usual = true;
+    bool is_usual = true;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       shares[half] = shares_of(logits[half]);
@@ -187,9 +186,7 @@ class SparseForwardSm90Rows {
       o_factor[half] = shares[half].a_to_c * den[half];
       inverse_[half] = __fdividef(1.0f, divisor);
     }
-    if (__builtin_expect(!__all_sync(kAllLanes, is_usual), 0)) {
-      divide_a(a, den, shares, o_factor, has_linear);
-    }
+    if (!__all_sync(kAllLanes, is_usual)) divide_phi(phi, den, shares, o_factor);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       o_factor[half] *= finish_row(block_, at, half, row_max_[half], row_sum_[half]);
@@ -198,11 +195,9 @@ class SparseForwardSm90Rows {
     release(v_slot);
 #pragma unroll
     for (int n = 0; n < kHeadDim / 2; ++n) o_[n] *= o_factor[n / 2 % 2];
+    // Not before the wait: every product would wait for the one before (C7513).
 #pragma unroll
-    for (int n = 0; n < kHeadDim / 4; ++n) {
-      // 0, even where phi is not finite. A copy alone would make the products wait (C7513).
-      p_frag_[n] = has_linear[n % 2] ? a[n] : 0u;
-    }
+    for (int n = 0; n < kHeadDim / 4; ++n) p_frag_[n] = pack<bf16>(phi[n * 2], phi[n * 2 + 1]);
     is_first_ = false;
   }
   /// How a row of o is made of both branches, a o_s + c o_l.
@@ -219,19 +214,20 @@ class SparseForwardSm90Rows {
     return {is_blend ? a_to_c : (p_.linear.combine == Combine::kLinear ? 0.0f : 1.0f),
             is_blend ? 1.0f + a_to_c : 1.0f};
   }
-  /// phi(q) as A fragments, and phi(q) . Z_i of the lane's rows, with epsilon. The softmax is not
-  /// divided by its sum: what it is divided by in the end has that factor too.
-  __device__ __forceinline__ void make_a(uint32_t (&a)[kHeadDim / 4], const float* z,
-                                         float (&den)[2]) const {
+  /// phi(q), two columns for each word of q_, and phi(q) . Z_i of the lane's rows, with epsilon.
+  /// The softmax is not divided by its sum: what it is divided by in the end has that factor too.
+  __device__ __forceinline__ void make_phi(float (&phi)[kHeadDim / 2], const float* z,
+                                           float (&den)[2]) const {
     const FeatureMap map = p_.linear.feature_map;
     const float epsilon = p_.linear.epsilon;
     float sums[2][2] = {};
     const auto add = [&](int n, int half, float low, float high, const float2& of_pair) {
       sums[half][0] = fmaf(low, of_pair.x, sums[half][0]);
       sums[half][1] = fmaf(high, of_pair.y, sums[half][1]);
-      a[n * 2 + half] = pack<bf16>(low, high);
+      phi[n * 4 + half * 2] = low;
+      phi[n * 4 + half * 2 + 1] = high;
     };
-    if (__builtin_expect(map == FeatureMap::kSoftmax, 1)) {
+    if (map == FeatureMap::kSoftmax) {
       float shift[2];
       find_shifts(shift);
 #pragma unroll
@@ -240,7 +236,7 @@ class SparseForwardSm90Rows {
         of_pair = {of_pair.x + epsilon, of_pair.y + epsilon};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float2 q = to_floats<T>(q_[n * 2 + half]);
+          const float2 q = to_floats(q_[n * 2 + half]);
           add(n, half, exp2_approx(fmaf(q.x, kLog2E, shift[half])),
               exp2_approx(fmaf(q.y, kLog2E, shift[half])), of_pair);
         }
@@ -257,7 +253,7 @@ class SparseForwardSm90Rows {
         const float2 of_pair = *reinterpret_cast<const float2*>(z + n * 8);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float2 q = to_floats<T>(q_[n * 2 + half]);
+          const float2 q = to_floats(q_[n * 2 + half]);
           add(n, half, apply(q.x), apply(q.y), of_pair);
         }
       }
@@ -269,9 +265,8 @@ class SparseForwardSm90Rows {
     }
   }
   /// Both elements of a word: of bf16 the bits are those of the upper half of a float.
-  template <class Element>
   __device__ __forceinline__ static float2 to_floats(uint32_t pair) {
-    if constexpr (std::is_same_v<Element, bf16>) {
+    if constexpr (std::is_same_v<T, bf16>) {
       return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
     } else {
       const auto elements = std::bit_cast<Pair>(pair);
@@ -295,16 +290,16 @@ class SparseForwardSm90Rows {
                                 __byte_perm(first, second, 0x7632));
     top = max_pairs(top, __shfl_xor_sync(kAllLanes, top, 1));
     top = max_pairs(top, __shfl_xor_sync(kAllLanes, top, 2));
-    const float2 both = to_floats<T>(top);
+    const float2 both = to_floats(top);
     shift[0] = -kLog2E * both.x;
     shift[1] = -kLog2E * both.y;
   }
-  /// Where o times what A is to be divided by might leave the range of floats, or there is nothing
-  /// to divide by: A is divided at once.
-  __device__ __forceinline__ void divide_a(uint32_t (&a)[kHeadDim / 4], const float (&den)[2],
-                                           const Shares (&shares)[2], float (&o_factor)[2],
-                                           bool (&has_linear)[2]) {
+  /// Where o times what phi is to be divided by might leave the range of floats, or there is
+  /// nothing to divide by: phi is divided at once; 0, even where it is not finite.
+  __device__ __forceinline__ void divide_phi(float (&phi)[kHeadDim / 2], const float (&den)[2],
+                                             const Shares (&shares)[2], float (&o_factor)[2]) {
     float factor[2];
+    bool has_linear[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float inverse = 1.0f / den[half];
@@ -317,9 +312,8 @@ class SparseForwardSm90Rows {
       inverse_[half] = 1.0f;
     }
 #pragma unroll
-    for (int n = 0; n < kHeadDim / 4; ++n) {
-      const float2 phi = to_floats<bf16>(a[n]);
-      a[n] = pack<bf16>(phi.x * factor[n % 2], phi.y * factor[n % 2]);
+    for (int n = 0; n < kHeadDim / 2; ++n) {
+      phi[n] = has_linear[n / 2 % 2] ? phi[n] * factor[n / 2 % 2] : 0.0f;
     }
   }
   /// Divides by what linear_step() left, adds the bias and stores o.
@@ -365,13 +359,16 @@ class SparseForwardSm90Rows {
   __device__ __forceinline__ void find_lse_shift(int32_t block) {
     const float* const mean =
         p_.k_mean + int64_t{shared_.places[block].mean} * kHeadDim + lane_ % 4 * 2;
+    float2 of_pairs[kHeadDim / 8];
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      of_pairs[n] = *reinterpret_cast<const float2*>(mean + n * 8);
+    }
     float sum[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int n = 0; n < kHeadDim / 4; ++n) {
-      const int column = n / 4 * 16 + n % 4 / 2 * 8;
-      const auto q = std::bit_cast<Pair>(q_[n]);
-      sum[n % 2] =
-          fmaf(to_float(q.low), mean[column], fmaf(to_float(q.high), mean[column + 1], sum[n % 2]));
+      const float2 q = to_floats(q_[n]), of_pair = of_pairs[n / 2];
+      sum[n % 2] = fmaf(q.x, of_pair.x, fmaf(q.y, of_pair.y, sum[n % 2]));
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
