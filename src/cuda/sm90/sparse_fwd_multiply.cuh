@@ -20,6 +20,9 @@ class SparseForwardSm90Rows {
   static constexpr int kHeadDim = Traits::kHeadDim, kTileK = Traits::kTileK;
   static constexpr int kRunK = Traits::kRunK;
   static constexpr float kLazyLog2 = 8.0f;  // how far scores may rise above the maxima
+  // Whether o of a block with a linear tile is stored while the second scores of the next block are
+  // under way.
+  static constexpr bool kStoresLate = Traits::kHasLinear && !Traits::kTakesTurns;
   static constexpr int kFirstTurn = 1, kMultiplyThreads = Traits::kMultiplyWarps * kWarpSize;
 
  public:
@@ -40,7 +43,7 @@ class SparseForwardSm90Rows {
     tile.has_second() ? first_step<kTileK>(tile) : first_step<kRunK>(tile);
     bool had_second = tile.has_second();
     read(tile);
-    bool was_linear = false;
+    bool was_linear = false, stores_late = false;
     while (tile.num_keys != TileInfo::kEnd) {
       const bool is_linear = Traits::kHasLinear && tile.block == TileInfo::kLinear;
       const bool has_second = tile.has_second();
@@ -52,8 +55,10 @@ class SparseForwardSm90Rows {
       ring_.advance();
       // Nearly all tiles, first: every jump to far code waits for instructions. had_second stands
       // for tiles of keys alone: no linear tile has a second run, and after one it is false.
-      if (__builtin_expect(had_second && has_second, 1)) {
+      if (__builtin_expect(had_second && has_second && !stores_late, 1)) {
         step<kTileK, kTileK>(tile);
+      } else if (stores_late) {
+        step<kTileK, kTileK, false, kStoresLate>(tile);
       } else if (is_linear) {
         had_second ? linear_step<kTileK>() : linear_step<kRunK>();
       } else if (was_linear) {
@@ -64,8 +69,11 @@ class SparseForwardSm90Rows {
         had_second ? step<kRunK, kTileK>(tile) : step<kRunK, kRunK>(tile);
       }
       had_second = has_second;
+      const bool has_combined = was_linear;
       was_linear = is_linear;
       read(tile);
+      stores_late = kStoresLate && has_combined && had_second && tile.has_second();
+      if (Traits::kHasLinear && has_combined && !stores_late) store_combined(block_before());
     }
     k_ = ring_;
     ring_.advance();
@@ -108,7 +116,7 @@ class SparseForwardSm90Rows {
   /// S and P of a tile, and P v of the one before. A function of both tiles' widths, so that no
   /// branch lies between products: ptxas 13.0 would wait for each of them (C7515). The scores are a
   /// local array for the same reason (C7511).
-  template <int kKeys, int kKeysBefore, bool kWasLinear = false>
+  template <int kKeys, int kKeysBefore, bool kWasLinear = false, bool kStores = false>
   __device__ __forceinline__ void step(const TileInfo& tile) {
     const bool is_new = tile.block >= 0;
     const int32_t old_block = block_;
@@ -116,6 +124,7 @@ class SparseForwardSm90Rows {
     float s[kKeys / 2];
     if constexpr (Traits::kTakesTurns) sync_named(warp_index() / 4, kMultiplyThreads);
     start_scores<kKeys>(s);
+    if constexpr (kStores) store_combined(block_before());
     const int v_slot = v_.slot;
     start_values<kKeysBefore, kWasLinear>();
     if constexpr (Traits::kTakesTurns) arrive_named(3 - warp_index() / 4, kMultiplyThreads);
@@ -139,7 +148,7 @@ class SparseForwardSm90Rows {
     }
     is_first_ = is_new;
     if constexpr (kWasLinear) {
-      finish_combined(old_block);
+      finish_combined();
     } else if (is_new) {
       finish(old_block, old_max, old_sum);
     } else if (is_raised) {
@@ -151,7 +160,8 @@ class SparseForwardSm90Rows {
     start_values<kKeys, kWasLinear>();
     wgmma_wait<0>();
     if constexpr (kWasLinear) {
-      finish_combined(block_);
+      finish_combined();
+      store_combined(block_);
     } else {
       finish(block_, row_max_, row_sum_);
     }
@@ -316,9 +326,8 @@ class SparseForwardSm90Rows {
       phi[n] = has_linear[n / 2 % 2] ? phi[n] * factor[n / 2 % 2] : 0.0f;
     }
   }
-  /// Divides by what linear_step() left, adds the bias and stores o.
-  __device__ __forceinline__ void finish_combined(int32_t block) {
-    const BlockPlace at = shared_.places[block];
+  /// Divides by what linear_step() left and adds the bias.
+  __device__ __forceinline__ void finish_combined() {
     if (p_.linear.bias != nullptr) {
       const float* const bias = p_.linear.bias + lane_ % 4 * 2;
 #pragma unroll
@@ -329,6 +338,12 @@ class SparseForwardSm90Rows {
 #pragma unroll
       for (int n = 0; n < kHeadDim / 2; ++n) o_[n] *= inverse_[n / 2 % 2];
     }
+  }
+  __device__ __forceinline__ int32_t block_before() const {
+    return block_ == 0 ? Traits::kPlaces - 1 : block_ - 1;
+  }
+  __device__ __forceinline__ void store_combined(int32_t block) {
+    const BlockPlace at = shared_.places[block];
     store_row(at, 0, 1.0f);
     store_row(at, 1, 1.0f);
   }
