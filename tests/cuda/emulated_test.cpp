@@ -1060,6 +1060,7 @@ TEST(Route, ScoresOfAnySpread) {
       {"outliers", outlier},
       {"far from 0", [](double x) { return 512.0 + x; }},
       {"few values", [](double x) { return std::round(3.0 * x) / 4.0; }},
+      {"two crowds", [](double x) { return (x > 0.8 ? 1.0 : 0.0) + x / 4096.0; }},
       {"two values", [](double x) { return x < 1.6 ? -1.0 : 1.0; }},
       {"equal", equals},
       {"tiny", [](double x) { return std::ldexp(x, -120); }},
@@ -1075,8 +1076,6 @@ TEST(Route, ScoresOfAnySpread) {
       p.num_queries = 16 * 20;
       p.num_keys = 16 * num_key_blocks;
       c.rule.smooth_k = false;
-      c.rule.critical_ratio = std::array{0.05, 0.05, 0.5, 1.0}[engine() % 4];
-      c.rule.negligible_ratio = std::array{0.0, 0.1, 0.4, 0.95}[engine() % 4];
       Inputs in = random_inputs(c);
       const auto set = [&](Array& array, int64_t block, double high, double low) {
         for (int64_t n = 16 * block; n < 16 * (block + 1); ++n) {
@@ -1095,11 +1094,17 @@ TEST(Route, ScoresOfAnySpread) {
         const double factor = std::array{1.0, -1.0, 0.5, 0.0}[engine() % 4];
         set(in.q, i, factor, factor);
       }
-      const auto got = route_classes(c, in, {}, {});
-      c.device = Device::kCPU;
-      EXPECT_EQ(got, route_classes(c, in, {}, {}))
-          << name << ", " << num_key_blocks << " key blocks, ratios " << c.rule.critical_ratio
-          << " and " << c.rule.negligible_ratio;
+      for (const auto& [critical, negligible] :
+           {std::pair{0.05, 0.1}, {0.05, 0.0}, {0.5, 0.4}, {1.0, 0.0}, {0.1, 0.95}}) {
+        c.rule.critical_ratio = critical;
+        c.rule.negligible_ratio = negligible;
+        c.device = Device::kCUDA;
+        const auto got = route_classes(c, in, {}, {});
+        c.device = Device::kCPU;
+        EXPECT_EQ(got, route_classes(c, in, {}, {}))
+            << name << ", " << num_key_blocks << " key blocks, ratios " << critical << " and "
+            << negligible;
+      }
     }
   }
 }
