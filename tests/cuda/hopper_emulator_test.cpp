@@ -257,6 +257,59 @@ TEST(HopperCountersDeathTest, BlocksThatHaveNoRoom) {
   EXPECT_NO_FATAL_FAILURE(run(1));
 }
 
+/// Two warps tell each other numbers by turns; warp 0 polls with some of its lanes.
+__global__ void posting_kernel(uint32_t* out) {
+  SPARLINE_DYNAMIC_SHARED_ALIGNED(shared, 1024);
+  auto* const words = reinterpret_cast<uint32_t*>(shared);
+  if (threadIdx.x < 2) words[threadIdx.x] = 0;
+  __syncthreads();
+  const bool is_first = threadIdx.x < 32;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  for (uint32_t n = 1; n <= 5; ++n) {
+    if (is_first && lane == 0) post(words[0], n);
+    const int num_lanes = is_first ? 8 : 32;
+    uint32_t value = n;
+    do {
+      if (lane < num_lanes) value = posted(words[is_first ? 1 : 0]);
+    } while (__any_sync(kAllLanes, value != n));
+    if (!is_first && lane == 0) post(words[1], n);
+  }
+  if (threadIdx.x == 0) *out = posted(words[1]);
+}
+TEST(HopperWords, WarpsPollEachOther) {
+  for (const Order order : {Order::kForward, Order::kReverse, Order::kRandom}) {
+    emulator::set_order(order, 3);
+    uint32_t out = 0;
+    launch(posting_kernel, {.blocks = 1, .threads = 64, .shared_bytes = 1024}, nullptr, &out);
+    emulator::set_order(Order::kForward);
+    EXPECT_EQ(out, 5u);
+  }
+}
+
+/// Warps 0 and 1 count by themselves, as do 2 and 3, round after round.
+__global__ void voting_kernel(uint32_t* out) {
+  const int pair = warp_index() / 2;
+  uint32_t num_wrong = 0;
+  for (int round = 0; round < 5; ++round) {
+    const bool is_counted = (static_cast<int>(threadIdx.x) + pair) % 7 <= round;
+    uint32_t want = 0;
+    for (int thread = pair * 64; thread < pair * 64 + 64; ++thread) {
+      want += (thread + pair) % 7 <= round;
+    }
+    num_wrong += count_named(3 + pair, 64, is_counted) != want;
+  }
+  out[threadIdx.x] = num_wrong;
+}
+TEST(HopperWords, WarpsCountTogether) {
+  for (const Order order : {Order::kForward, Order::kReverse, Order::kRandom}) {
+    emulator::set_order(order, 3);
+    std::vector<uint32_t> out(128, 1);
+    launch(voting_kernel, {.blocks = 1, .threads = 128, .shared_bytes = 0}, nullptr, out.data());
+    emulator::set_order(Order::kForward);
+    EXPECT_EQ(out, std::vector<uint32_t>(128, 0));
+  }
+}
+
 // What goes wrong --------------------------------------------------------------------------------
 
 enum class Mistake {
@@ -467,7 +520,7 @@ TEST(HopperMistakesDeathTest, OfAll) {
   expect_death(Mistake::kLateThread, "nobody has initialised|deadlock");
   expect_death(Mistake::kElectByOne, "different collectives: .*elect_one");
   expect_death(Mistake::kNamedAlone,
-               "deadlock(.*\n)*.*sync_named, of barrier 3, where 128 of 256 threads have arrived");
+               "deadlock(.*\n)*.*a named barrier, 3, where 128 of 256 threads have arrived");
   expect_death(Mistake::kNamedByLanes, "different collectives: .*sync_named .30256.");
   expect_death(Mistake::kNamedCounts, "named barrier 3: some threads say it has (192|256) of them");
   expect_death(Mistake::kTooManyRegisters, "setmaxnreg: the block wants .* registers of 65536");

@@ -68,6 +68,21 @@ __device__ __forceinline__ void wait(Barrier& barrier, uint32_t parity) {
   } while (is_done == 0);
 }
 
+/// A word in shared memory that another warp polls, and what it holds by now: nothing is said of
+/// other memory.
+__device__ __forceinline__ void post(uint32_t& word, uint32_t value) {
+  asm volatile("st.volatile.shared.u32 [%0], %1;" ::"r"(shared_address(&word)), "r"(value)
+               : "memory");
+}
+__device__ __forceinline__ uint32_t posted(const uint32_t& word) {
+  uint32_t value;
+  asm volatile("ld.volatile.shared.u32 %0, [%1];"
+               : "=r"(value)
+               : "r"(shared_address(&word))
+               : "memory");
+  return value;
+}
+
 /// One of the barriers of threads beside that of __syncthreads, 1 to 15: `num_threads` threads
 /// meet, of which some wait and others only arrive.
 __device__ __forceinline__ void sync_named(int idx, int num_threads) {
@@ -75,6 +90,25 @@ __device__ __forceinline__ void sync_named(int idx, int num_threads) {
 }
 __device__ __forceinline__ void arrive_named(int idx, int num_threads) {
   asm volatile("barrier.arrive %0, %1;" ::"r"(idx), "r"(num_threads) : "memory");
+}
+/// The same of whole warps whose lanes come together, which lets ptxas know that they do.
+__device__ __forceinline__ void sync_named_warps(int idx, int num_threads) {
+  asm volatile("barrier.sync.aligned %0, %1;" ::"r"(idx), "r"(num_threads) : "memory");
+}
+__device__ __forceinline__ void arrive_named_warps(int idx, int num_threads) {
+  asm volatile("barrier.arrive.aligned %0, %1;" ::"r"(idx), "r"(num_threads) : "memory");
+}
+/// Waits for all, and tells of how many of them `is_counted` is true.
+__device__ __forceinline__ uint32_t count_named(int idx, int num_threads, bool is_counted) {
+  uint32_t count;
+  asm volatile(
+      "{ .reg .pred p;\n"
+      "setp.ne.u32 p, %3, 0;\n"
+      "barrier.red.popc.aligned.u32 %0, %1, %2, p; }"
+      : "=r"(count)
+      : "r"(idx), "r"(num_threads), "r"(is_counted ? 1u : 0u)
+      : "memory");
+  return count;
 }
 
 // Registers ---------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ struct Copy {
 struct NamedBarrier {
   int num_arrived = 0, num_threads = 0;
   uint64_t num_phases = 0;
+  uint32_t num_counted = 0, last_count = 0;  // of this phase, and of the last one
 };
 
 /// Of a warpgroup.
@@ -494,7 +495,7 @@ std::string describe(const Wait& wait) {
     }
     case kNamedBarrier: {
       const auto& own = *static_cast<const NamedBarrier*>(wait.at);
-      return "sync_named, of barrier " + std::to_string(&own - state().named_barriers.data()) +
+      return "a named barrier, " + std::to_string(&own - state().named_barriers.data()) +
              ", where " + std::to_string(own.num_arrived) + " of " +
              std::to_string(own.num_threads) + " threads have arrived";
     }
@@ -530,6 +531,7 @@ uint64_t arrive_whole_warp(const char* what, int idx, int num_threads, const voi
     own.num_arrived += kWarpSize;
     if (own.num_arrived < num_threads) return;
     own.num_arrived = 0;
+    own.last_count = std::exchange(own.num_counted, 0);
     const uint64_t ended = own.num_phases++;
     wake([&](const Wait& wait, int) {
       return wait.kind == kNamedBarrier && wait.at == &own && wait.value == ended;
@@ -612,6 +614,15 @@ void wait(Barrier& barrier, uint32_t parity) {
   emulator::park({.kind = emulator::kBarrier, .at = &barrier, .value = parity, .site = site});
 }
 
+void post(uint32_t& word, uint32_t value) {
+  word = value;
+  emulator::let_polling_go_on();
+}
+uint32_t posted(const uint32_t& word) {
+  emulator::let_others_go_on(__builtin_return_address(0));
+  return word;
+}
+
 void arrive_named(int idx, int num_threads) {
   emulator::arrive_whole_warp("arrive_named", idx, num_threads, __builtin_return_address(0));
 }
@@ -621,6 +632,16 @@ void sync_named(int idx, int num_threads) {
   auto& barrier = emulator::state().named_barriers[static_cast<size_t>(idx)];
   if (barrier.num_phases != phase) return;
   emulator::park({.kind = emulator::kNamedBarrier, .at = &barrier, .value = phase, .site = site});
+}
+uint32_t count_named(int idx, int num_threads, bool is_counted) {
+  const void* const site = __builtin_return_address(0);
+  auto& barrier = emulator::state().named_barriers[static_cast<size_t>(idx)];
+  barrier.num_counted += is_counted;
+  const uint64_t phase = emulator::arrive_whole_warp("count_named", idx, num_threads, site);
+  if (barrier.num_phases == phase) {
+    emulator::park({.kind = emulator::kNamedBarrier, .at = &barrier, .value = phase, .site = site});
+  }
+  return barrier.last_count;
 }
 
 bool elect_one() {

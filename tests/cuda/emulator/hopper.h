@@ -45,8 +45,15 @@ void fence_barrier_init();
 void arrive(Barrier& barrier);
 void arrive_expecting(Barrier& barrier, uint32_t bytes);
 void wait(Barrier& barrier, uint32_t parity);
+/// Who polls looks again, before or after other warps go on.
+void post(uint32_t& word, uint32_t value);
+/// Lets others go on first: it is read in loops.
+uint32_t posted(const uint32_t& word);
 void sync_named(int idx, int num_threads);
 void arrive_named(int idx, int num_threads);
+inline void sync_named_warps(int idx, int num_threads) { sync_named(idx, num_threads); }
+inline void arrive_named_warps(int idx, int num_threads) { arrive_named(idx, num_threads); }
+uint32_t count_named(int idx, int num_threads, bool is_counted);
 
 // Registers and lanes -----------------------------------------------------------------------------
 
