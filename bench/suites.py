@@ -159,6 +159,8 @@ def in_loop_rows(workload: Workload) -> list[Row]:
         found.append(row("dense", Dense(), direction))
         for threshold in (-math.inf, -9.0, -6.0, -4.0, -2.0):
             found.append(row("dynsparse", DynSparse(log_threshold=threshold), direction))
+    for threshold in (-math.inf, -9.0, -6.0, -4.0, -2.0):
+        found.append(row("dynsparse", DynSparse(log_threshold=threshold, decide_rows=64)))
     found += [row("blasst", BLASST(log_threshold=x)) for x in (-6.0, -4.0, -2.0)]
     return found
 
@@ -245,7 +247,8 @@ def has_map(row: Row) -> bool:
 
 def setting_of(method: Method) -> str:
     if isinstance(method, (DynSparse, BLASST)):
-        return f"log_threshold={method.log_threshold:g}"
+        rows = f", decide_rows={method.decide_rows}" if method.decide_rows else ""
+        return f"log_threshold={method.log_threshold:g}{rows}"
     return ""
 
 
