@@ -617,7 +617,8 @@ class DynSparse(_InLoop):
             sizes; ``from_budget`` computes it from a budget of lost energy.
         block_q: rows of a query tile.
         block_k: keys of a tile.
-        decide_rows: rows that decide together, a multiple of 16; 0 is the whole tile.
+        decide_rows: rows that decide together, a multiple of 16; 0 is the whole tile. On Hopper 0
+            and 64 have kernels of their own.
         tile_order: in which tiles are visited, one of ``TILE_ORDERS``.
     """
 

@@ -134,8 +134,9 @@ struct ForwardSpace {
 
 const char* why_forward_is_portable(const Problem& p) {
   if (p.low_bit.is_enabled) return "low bit has no other";
-  if (p.skip.reference != SkipReference::kNone && p.skip.rows != 0 && p.skip.rows != p.block_q) {
-    return "rows of a query block that skip apart have no other";
+  if (p.skip.reference != SkipReference::kNone && p.skip.rows != 0 && p.skip.rows != p.block_q &&
+      p.skip.rows != 64) {
+    return "rows that skip apart by other numbers than 64 have no other";
   }
   if (p.block_map == BlockMap::kSoft) return "soft maps have no other";
   if (p.bit_rows > 0) return "tile bits have no other";

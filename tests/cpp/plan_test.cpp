@@ -226,6 +226,12 @@ TEST_F(CudaPlanTest, ExplainsWhichForwardRunsOnHopper) {
   problem.block_q = 128;
   EXPECT_CONTAINS(explain(cuda_plan(problem, 90)), "forward: Hopper's own kernel");
   EXPECT_EQ(explain(cuda_plan(problem, 80)).find("Hopper"), std::string::npos);
+  problem.skip = {SkipReference::kKeptLse, -3.0, 64};
+  EXPECT_CONTAINS(explain(cuda_plan(problem, 90)), "forward: Hopper's own kernel");
+  problem.skip.rows = 32;
+  EXPECT_CONTAINS(explain(cuda_plan(problem, 90)),
+                  "because rows that skip apart by other numbers than 64 have no other");
+  problem.skip = {};
   problem.combine = Combine::kSum;
   EXPECT_EQ(explain(cuda_plan(problem, 90)).find("portable"), std::string::npos);
   problem.block_q = 96;

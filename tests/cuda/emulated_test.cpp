@@ -609,6 +609,13 @@ Case skip_case(uint64_t seed) {
   return c;
 }
 
+/// One by which every 64 rows decide for themselves.
+Case apart_case(uint64_t seed) {
+  Case c = skip_case(seed);
+  c.problem.skip.rows = 64;
+  return c;
+}
+
 /// Keys of which some blocks say little to all queries.
 Inputs skip_inputs(const Case& c) {
   Inputs inputs = random_inputs(c);
@@ -634,21 +641,23 @@ int64_t num_bits(const std::vector<uint8_t>& bytes) {
   return num;
 }
 
-TEST(HopperSkip, RandomCases) {
+void check_skip_cases(uint64_t first_seed, Case (*make_case)(uint64_t seed)) {
   const int64_t only = from_environment("SPARLINE_SEED", -1);
   const uint64_t num = only >= 0 ? 1 : num_cases(32);
   int64_t num_served = 0;
   for (uint64_t n = 0; n < num; ++n) {
-    const uint64_t seed = only >= 0 ? static_cast<uint64_t>(only) : 6000 + n;
+    const uint64_t seed = only >= 0 ? static_cast<uint64_t>(only) : first_seed + n;
     const OnHopper on_hopper(1 + static_cast<int>(seed % 3));
     const OrderByTurns order(seed);
-    const Case c = skip_case(seed);
+    const Case c = make_case(seed);
     const int64_t before = cuda::emulator::num_boxes;
     check_inputs(c, skip_inputs(c));
     num_served += cuda::emulator::num_boxes > before;
   }
   EXPECT_GT(num_served, static_cast<int64_t>(num) / 2);
 }
+TEST(HopperSkip, RandomCases) { check_skip_cases(6000, skip_case); }
+TEST(HopperSkipApart, RandomCases) { check_skip_cases(6300, apart_case); }
 
 /// Long rows of key blocks, in every order of threads, with counts of what was copied: keys of all
 /// blocks, values of those that stay.
@@ -692,10 +701,59 @@ TEST(HopperSkip, ValuesOfSkippedBlocksAreNotLoaded) {
   }
 }
 
+/// The same where each 64 rows decide: a block is copied at most once, for one half or both.
+TEST(HopperSkipApart, ValuesThatNeitherHalfWantsAreNotLoaded) {
+  uint64_t seed = 0;
+  for (const SkipReference reference : {SkipReference::kRunningMax, SkipReference::kKeptLse}) {
+    for (const int64_t dim : {64, 128}) {
+      for (const int block_k : {32, 64, 100, 128}) {
+        const OnHopper on_hopper(2);
+        const OrderByTurns order(++seed);
+        Case c = plain_case();
+        c.seed = seed;
+        c.layout = seed % 2 ? Layout::kBNHD : Layout::kBHND;
+        Problem& p = c.problem;
+        p.num_queries = 2 * 128 + 40;
+        p.num_keys = 21 * block_k - 5;
+        p.head_dim = dim;
+        p.dtype = seed % 4 < 2 ? DType::kBF16 : DType::kF16;
+        p.block_q = 128;
+        p.block_k = block_k;
+        p.block_map = BlockMap::kNone;
+        p.combine = Combine::kSparse;
+        p.skip = {reference, reference == SkipReference::kRunningMax ? -1.0 : -3.5, 64};
+        const int64_t before = cuda::emulator::num_boxes;
+        const Outputs got = check_inputs(c, skip_inputs(c));
+        const auto stays = [&](int64_t row, int64_t j) {
+          return got.kept_bits[static_cast<size_t>(row * 3 + j / 8)] >> (j % 8) & 1;
+        };
+        int64_t num_either = 0, num_one = 0, num_blocks = 3 * p.num_heads;
+        for (int64_t row = 0; row < 2 * num_blocks; row += 2) {
+          for (int64_t j = 0; j < 21; ++j) {
+            num_either += stays(row, j) | stays(row + 1, j);
+            num_one += stays(row, j) ^ stays(row + 1, j);
+          }
+        }
+        // Queries, keys, and values; of a second run also where only limits before the first one
+        // ask for it.
+        const int64_t num_runs = block_k > 64 ? 2 : 1, num_slices = dim / 64;
+        const int64_t least = num_blocks * (1 + 21 * num_runs) + num_either * num_runs;
+        const int64_t most = block_k > 64 ? least : least + 2 * num_blocks;
+        const int64_t num_boxes = (cuda::emulator::num_boxes - before) / num_slices;
+        EXPECT_GE(num_boxes, least) << describe(c);
+        EXPECT_LE(num_boxes, most) << describe(c);
+        EXPECT_GT(num_one, 0) << describe(c);
+        EXPECT_GT(num_either, num_blocks * 21 / 8) << describe(c);
+        EXPECT_LT(num_either, num_blocks * 21 * 7 / 8) << describe(c);
+      }
+    }
+  }
+}
+
 /// The portable kernel decides as Hopper's does, tile by tile; where scores are far from a limit.
-TEST(HopperSkip, KeepsWhatThePortableKernelKeeps) {
-  for (uint64_t seed = 6100; seed < 6108; ++seed) {
-    Case c = skip_case(seed);
+void check_same_decisions(uint64_t first_seed, Case (*make_case)(uint64_t seed)) {
+  for (uint64_t seed = first_seed; seed < first_seed + 8; ++seed) {
+    Case c = make_case(seed);
     const Inputs inputs = skip_inputs(c);
     std::string misuse;
     const Outputs want = run(c, inputs, &misuse);
@@ -706,11 +764,20 @@ TEST(HopperSkip, KeepsWhatThePortableKernelKeeps) {
     EXPECT_TRUE(is_same_bits(got.row_votes, want.row_votes)) << describe(c);
   }
 }
+TEST(HopperSkip, KeepsWhatThePortableKernelKeeps) { check_same_decisions(6100, skip_case); }
+TEST(HopperSkipApart, KeepsWhatThePortableKernelKeeps) { check_same_decisions(6400, apart_case); }
 
 TEST(HopperSkip, ResultsDoNotDependOnTheOrderOfThreads) {
   for (uint64_t seed = 6200; seed < 6206; ++seed) {
     const OnHopper on_hopper(1 + static_cast<int>(seed % 3));
     const Case c = skip_case(seed);
+    check_orders(c, skip_inputs(c), seed);
+  }
+}
+TEST(HopperSkipApart, ResultsDoNotDependOnTheOrderOfThreads) {
+  for (uint64_t seed = 6500; seed < 6506; ++seed) {
+    const OnHopper on_hopper(1 + static_cast<int>(seed % 3));
+    const Case c = apart_case(seed);
     check_orders(c, skip_inputs(c), seed);
   }
 }

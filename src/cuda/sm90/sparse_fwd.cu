@@ -2,8 +2,8 @@
 //
 // What the Hopper forward serves: compute capability 9.0, head_dim 64 or 128, query blocks of 65 to
 // 128 rows, rows in memory order that the copy engine can read; of policies on tiles a skip rule of
-// whole query blocks. The environment variable SPARLINE_CUDA_ARCH=80, read once, keeps to the
-// portable kernels.
+// whole query blocks, or of every 64 rows. The environment variable SPARLINE_CUDA_ARCH=80, read
+// once, keeps to the portable kernels.
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -32,10 +32,15 @@ bool is_forced_portable() {
 
 bool has_skip(const SparseForward& p) { return p.skip.reference != SkipReference::kNone; }
 
+/// Whether the two warpgroups decide apart, each for its rows.
+bool is_apart(const SparseForward& p) {
+  return has_skip(p) && p.kept_bits.groups == 2 && p.kept_bits.rows == 64;
+}
+
 bool fits(const SparseForward& p) {
   const bool has_policy = p.map.is_soft || p.tile_bits.data != nullptr || p.tile_order != nullptr ||
                           p.low_bit.is_enabled;
-  const bool has_groups = has_skip(p) && p.kept_bits.groups > 1;
+  const bool has_groups = has_skip(p) && p.kept_bits.groups > 1 && !is_apart(p);
   const int32_t head_dim = p.frame.head_dim;
   return !has_policy && !has_groups && (head_dim == 64 || head_dim == 128) && p.block_q > 64 &&
          p.o.is_vectorised && p.o.order == nullptr && p.lse.order == nullptr;
@@ -70,6 +75,7 @@ bool combines_sm90(const SparseForward& params) {
 bool sparse_forward_sm90(const SparseForward& params, void* stream) {
   if (!serves(params)) return false;
   const int num_multiprocessors = current_device().num_multiprocessors;
+  if (is_apart(params)) return serve<Tiles::kSkippedApart>(params, num_multiprocessors, stream);
   if (has_skip(params)) return serve<Tiles::kSkipped>(params, num_multiprocessors, stream);
   return params.linear.is_on ? serve<Tiles::kLinear>(params, num_multiprocessors, stream)
                              : serve<Tiles::kPlain>(params, num_multiprocessors, stream);

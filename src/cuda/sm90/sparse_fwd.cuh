@@ -3,8 +3,9 @@
 // The sparse branch, forward, on Hopper (sm_90a). Over the critical key blocks j of query block i
 //     S = scale q_i k_j^T,  o_s = softmax(S) v,  lse = ln sum exp S
 // the same function as sm80/sparse_fwd.cuh without a policy, or with a skip rule (kHasSkip,
-// sparse_fwd_skip.cuh); and, where the sums of the linear branch are there already, its combination
-// with that, as sm80/linear_fwd.cu has it (kHasLinear):
+// sparse_fwd_skip.cuh, or sparse_fwd_skip_apart.cuh for 64 rows that decide by themselves); and,
+// where the sums of the linear branch are there already, its combination with that, as
+// sm80/linear_fwd.cu has it (kHasLinear):
 //     o = a o_s + c phi(q) H_i / (phi(q) . Z_i)
 //
 //   Tiles     128 queries x 128 keys: two runs of up to 64 keys, wherever they lie, or one
@@ -33,6 +34,7 @@
 #include "cuda/sm90/sparse_fwd_load.cuh"
 #include "cuda/sm90/sparse_fwd_multiply.cuh"
 #include "cuda/sm90/sparse_fwd_skip.cuh"
+#include "cuda/sm90/sparse_fwd_skip_apart.cuh"
 #include "cuda/sm90/tensor_map.h"
 
 namespace sparline::cuda {
@@ -57,9 +59,19 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (int n = 0; n < 2; ++n) {
       init(shared.list_full[n], 1);
       init(shared.list_empty[n], 2);
-      if constexpr (Traits::kHasSkip) init(shared.votes.cast[n], Traits::kMultiplyWarps);
+      if constexpr (Traits::kHasSkip && !Traits::kHasWishes) {
+        init(shared.votes.cast[n], Traits::kMultiplyWarps);
+      }
     }
+    if constexpr (Traits::kHasWishes) shared.votes.init_all();
     fence_barrier_init();
+  }
+  if constexpr (Traits::kHasWishes) {
+    const int num_words = (params.forward.frame.keys.num_blocks + 31) / 32;
+    for (auto w = static_cast<int>(threadIdx.x); w < (Traits::kLists - 2) * num_words;
+         w += Traits::kThreads) {
+      shared.lists[2 * num_words + w] = 0;
+    }
   }
   __syncthreads();
   if (warp_index() < 4) {
@@ -73,7 +85,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
   } else {
     take_registers<Traits::kMultiplyRegisters>();
-    if constexpr (Traits::kHasSkip) {
+    if constexpr (Traits::kHasWishes) {
+      SparseForwardSm90SkipApartRows<Traits>(params, shared).run();
+    } else if constexpr (Traits::kHasSkip) {
       SparseForwardSm90SkipRows<Traits>(params, shared).run();
     } else {
       SparseForwardSm90Rows<Traits>(params, shared).run();
@@ -114,7 +128,7 @@ bool describe(const SparseForward& params, SparseForwardSm90Params& p, int64_t& 
     }
   }
   shared_bytes = static_cast<int64_t>(sizeof(SparseForwardSm90Shared<Traits>)) +
-                 (Traits::kHasSkip ? 3 : 2) * RowScan::bytes(f.keys.num_blocks);
+                 Traits::kLists * RowScan::bytes(f.keys.num_blocks);
   constexpr int64_t kMostSharedBytes = 227 * 1024;
   return shared_bytes <= kMostSharedBytes;
 }

@@ -50,18 +50,23 @@ __device__ __forceinline__ int32_t row_of_votes(const SparseForward& p, const Qu
   return (at.b * p.frame.num_heads + at.h) * p.frame.queries.num_blocks + at.i;
 }
 
-/// Stores what a skip rule did to a query block: its row of kept_bits, as words in shared memory or
-/// null for none, and the count of votes. One warp. `row`: row_of_votes().
-__device__ __forceinline__ void store_kept(const SparseForward& p, int32_t row,
-                                           const uint32_t* words, int num_votes) {
+/// Stores which key blocks a skip rule keeps for a group of rows of a query block: a row of
+/// kept_bits, as words in shared memory or null for none. One warp. `row`: row_of_votes().
+__device__ __forceinline__ void store_kept_bits(const SparseForward& p, int32_t row, int group,
+                                                const uint32_t* words) {
   const int32_t i = row % p.frame.queries.num_blocks, head = row / p.frame.queries.num_blocks;
   const int64_t first =
-      p.kept_bits.offset(head / p.frame.num_heads, head % p.frame.num_heads, i, 0, 0);
+      p.kept_bits.offset(head / p.frame.num_heads, head % p.frame.num_heads, i, group, 0);
   for (int32_t byte = lane_index(); byte * 8 < p.frame.keys.num_blocks; byte += kWarpSize) {
     const uint32_t word = words == nullptr ? 0u : words[byte / 4];
     p.kept_bits.data[first + byte * p.kept_bits.stride_byte] =
         static_cast<uint8_t>(word >> (byte % 4 * 8));
   }
+}
+/// The same for rows that decide together, and the count of their votes.
+__device__ __forceinline__ void store_kept(const SparseForward& p, int32_t row,
+                                           const uint32_t* words, int num_votes) {
+  store_kept_bits(p, row, 0, words);
   if (p.row_votes != nullptr && lane_index() == 0) p.row_votes[row] = static_cast<float>(num_votes);
 }
 
@@ -80,6 +85,7 @@ __device__ void look_up(const SparseForwardSm90Params& params,
       for (int r = lane_index(); r < at.block.rows; r += kWarpSize) {
         *p.lse.at(at.b, at.h, at.block.begin + r) = -INFINITY;
       }
+      if constexpr (Traits::kIsApart) store_kept_bits(p, row_of_votes(p, at), 1, nullptr);
       if constexpr (Traits::kHasSkip) store_kept(p, row_of_votes(p, at), nullptr, 0);
       continue;
     }
@@ -196,7 +202,9 @@ class SparseForwardSm90Loader {
         if (Traits::kHasLinear && block < 0 && at.z >= 0 && second.num_keys == 0) {
           block = TileInfo::kLast;
         }
-        if constexpr (kIsValues && Traits::kHasSkip) {
+        if constexpr (kIsValues && Traits::kHasWishes) {
+          load_wanted(first, second, at);
+        } else if constexpr (kIsValues && Traits::kHasSkip) {
           load_kept(first, second, at);
         } else {
           load(first, second, at, block);
@@ -213,7 +221,7 @@ class SparseForwardSm90Loader {
         first = runs.template next<kRunK>();
       } while (first.num_keys > 0);
       if (Traits::kHasLinear && at.z >= 0) load_linear(at);
-      if constexpr (kIsValues && Traits::kHasSkip) end_record(at.z);
+      if constexpr (kIsValues && Traits::kHasSkip && !Traits::kHasWishes) end_record(at.z);
       __syncwarp();
       if (elect_one()) arrive(shared_.list_empty[list.slot]);
       list.advance();
@@ -228,6 +236,7 @@ class SparseForwardSm90Loader {
   }
 
  private:
+  using Wish = Wishes<Traits::kSlots, Traits::kPlaces>;
   static constexpr int kRunK = Traits::kRunK, kHeadDim = Traits::kHeadDim;
 
   __device__ void load_queries(const BlockPlace& at) {
@@ -252,11 +261,17 @@ class SparseForwardSm90Loader {
           }
           if (is_protected || second.is_protected) num_keys |= TileInfo::kIsSecondKept;
         }
+        if constexpr (Traits::kHasWishes) {
+          auto& blocks = shared_.votes.blocks[ring_.parity][ring_.slot];
+          blocks[0] = first.num_keys > 0 ? first.block : -1;
+          blocks[1] = second.block;
+        }
         shared_.infos[ring_.slot] = {num_keys, block};
       }
       arrive_expecting(shared_.full[ring_.slot], (has_second ? 2 : 1) * (kRunK * kHeadDim * 2));
-      load_run(first, 0, at);
-      if (has_second) load_run(second, kRunK * 128, at);
+      Barrier& full = shared_.full[ring_.slot];
+      load_run(first, 0, at, full);
+      if (has_second) load_run(second, kRunK * 128, at, full);
     }
     advance();
   }
@@ -278,7 +293,7 @@ class SparseForwardSm90Loader {
     return (params_.forward.frame.keys.num_blocks + 31) / 32;
   }
   __device__ __forceinline__ void begin_record() {
-    if constexpr (kIsValues && Traits::kHasSkip) {
+    if constexpr (kIsValues && Traits::kHasSkip && !Traits::kHasWishes) {
       for (int w = lane_index(); w < num_list_words(); w += kWarpSize) kept_words()[w] = 0;
       if (lane_index() == 0) shared_.votes.num_passes = 0;
       __syncwarp();
@@ -337,7 +352,7 @@ class SparseForwardSm90Loader {
     }
     if (keeps_first) {
       if (first.num_keys > 0) keep(first.block);
-      if (elect_one()) load_run(first, 0, at);
+      if (elect_one()) load_run(first, 0, at, shared_.full[ring_.slot]);
       __syncwarp();
       if (!is_tile_a_block() && second.num_keys > 0 && votes.wants_second) {
         const Result again = result_of(1);
@@ -348,7 +363,7 @@ class SparseForwardSm90Loader {
     if (keeps_second && !is_tile_a_block()) keep(second.block);
     if (elect_one()) {
       Barrier& full = shared_.full[ring_.slot];
-      if (keeps_second) load_run(second, keeps_first ? kRunK * 128 : 0, at);
+      if (keeps_second) load_run(second, keeps_first ? kRunK * 128 : 0, at, full);
       const uint32_t num_runs = (keeps_first ? 1 : 0) + (keeps_second ? 1 : 0);
       if (num_runs > 0) {
         arrive_expecting(full, num_runs * kRunBytes);
@@ -357,6 +372,47 @@ class SparseForwardSm90Loader {
       }
     }
     advance();
+  }
+
+  /// Where each warpgroup decides for its own rows: values of the runs that either one wants, each
+  /// as soon as one does. Nobody waits for a run that nobody wants.
+  __device__ __forceinline__ void load_wanted(const KeyRun& first, const KeyRun& second,
+                                              const BlockPlace& at) {
+    wait(shared_.empty[ring_.slot], ring_.parity ^ 1);
+    bool is_first_open = true, is_second_open = true;
+    do {
+      uint32_t word = 0;
+      bool is_known = false;
+      if (lane_index() < 2) {
+        word = posted(shared_.votes.words[ring_.slot][lane_index()]);
+        is_known = word >> Wish::kParity == ring_.parity;
+      }
+      const bool are_known = __popc(__ballot_sync(kAllLanes, is_known)) == 2;
+      const bool wants_first = __any_sync(kAllLanes, is_known && (word & Wish::kWantsFirst) != 0);
+      const bool wants_second = __any_sync(kAllLanes, is_known && (word & Wish::kWantsSecond) != 0);
+      if (is_first_open && (wants_first || are_known)) {
+        answer(shared_.full[ring_.slot], wants_first, first, 0, at);
+        is_first_open = false;
+      }
+      const bool is_alone = second.num_keys == 0 && !is_first_open;
+      if (is_second_open && (wants_second || are_known || is_alone)) {
+        answer(shared_.votes.second_full[ring_.slot], wants_second, second, kRunK * 128, at);
+        is_second_open = false;
+      }
+    } while (is_first_open || is_second_open);
+    advance();
+  }
+  __device__ __forceinline__ void answer(Barrier& full, bool is_wanted, const KeyRun& run,
+                                         int offset, const BlockPlace& at) {
+    if (elect_one()) {
+      if (is_wanted) {
+        arrive_expecting(full, kRunK * kHeadDim * 2);
+        load_run(run, offset, at, full);
+      } else {
+        arrive(full);
+      }
+    }
+    __syncwarp();
   }
 
   /// Z_i to where keys lie, H_i as values: D rows.
@@ -372,7 +428,7 @@ class SparseForwardSm90Loader {
 #pragma unroll
         for (int run = 0; run < kHeadDim / kRunK; ++run) {
           load_rows(map, (is_ragged ? at.ragged * kHeadDim : at.begin) + run * kRunK,
-                    run * kRunK * 128, at.h, at.b);
+                    run * kRunK * 128, at.h, at.b, full);
         }
       } else {
         shared_.infos[ring_.slot] = {0, TileInfo::kLinear};
@@ -391,22 +447,23 @@ class SparseForwardSm90Loader {
   }
   /// Values end with their block: what comes after it may be infinite or NaN, which P = 0 would not
   /// take away. Scores of the keys there are overwritten.
-  __device__ __forceinline__ void load_run(const KeyRun& run, int offset, const BlockPlace& at) {
+  __device__ __forceinline__ void load_run(const KeyRun& run, int offset, const BlockPlace& at,
+                                           Barrier& full) {
     if (kIsValues && run.num_keys < kRunK) {
 #pragma unroll
       for (int slice = 0; slice < Traits::kSlices; ++slice) {
-        load_cut_box(place(slice, offset), params_.cut_v, shared_.full[ring_.slot], slice * 64,
-                     run.first_key, run.num_keys, kRunK, at.h_kv, at.b);
+        load_cut_box(place(slice, offset), params_.cut_v, full, slice * 64, run.first_key,
+                     run.num_keys, kRunK, at.h_kv, at.b);
       }
     } else {
-      load_rows(kIsValues ? params_.v : params_.k, run.first_key, offset, at.h_kv, at.b);
+      load_rows(kIsValues ? params_.v : params_.k, run.first_key, offset, at.h_kv, at.b, full);
     }
   }
   __device__ __forceinline__ void load_rows(const CUtensorMap& map, int32_t first, int offset,
-                                            int32_t h, int32_t b) {
+                                            int32_t h, int32_t b, Barrier& full) {
 #pragma unroll
     for (int slice = 0; slice < Traits::kSlices; ++slice) {
-      load_box(place(slice, offset), map, shared_.full[ring_.slot], slice * 64, first, h, b);
+      load_box(place(slice, offset), map, full, slice * 64, first, h, b);
     }
   }
   __device__ __forceinline__ unsigned char* place(int slice, int offset) {

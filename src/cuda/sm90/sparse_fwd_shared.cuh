@@ -17,7 +17,12 @@ struct SparseForwardSm90Traits {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kHasLinear = kTiles == Tiles::kLinear;
-  static constexpr bool kHasSkip = kTiles == Tiles::kSkipped;
+  static constexpr bool kIsApart = kTiles == Tiles::kSkippedApart;
+  static constexpr bool kHasSkip = kTiles == Tiles::kSkipped || kIsApart;
+  // Whether a skip rule's votes are counted at a barrier, and values asked for, as in
+  // sparse_fwd_skip_apart.cuh, which serves either; else as in sparse_fwd_skip.cuh.
+  static constexpr bool kHasWishes = kIsApart;
+  static constexpr int kVoters = kIsApart ? 4 : 8;  // warps that decide together
   static constexpr int kTileQ = 128, kTileK = 128, kRunK = 64;
   static constexpr int kSlices = kHeadDim / 64;  // of 64 columns, one behind the other
   static constexpr int kSlots = kHeadDim == 64 ? 12 : 6;
@@ -29,6 +34,8 @@ struct SparseForwardSm90Traits {
   // Lists are two blocks ahead of the loads, and these half as many as there are slots.
   static constexpr int kPlaces = 15;
   static_assert(kPlaces > kSlots / 2 + 4 && kPlaces % 3 == 0);
+  // Bits of key blocks: two of critical ones; with a skip rule, of those that stay.
+  static constexpr int kLists = kIsApart ? 4 : (kHasSkip ? 3 : 2);
   static constexpr int kLoadRegisters = 40, kMultiplyRegisters = 232;
   static constexpr int kSliceBytesQ = kTileQ * 128, kSliceBytesK = kTileK * 128;
   static_assert(kHeadDim % 64 == 0 && kHeadDim <= 128);
@@ -73,6 +80,30 @@ struct Votes<true> {
   alignas(16) uint32_t words[2][2][kWarps];                   // by round; by turns
 };
 
+/// What warpgroups tell the warp that loads values, where each decides for its own 64 rows of a
+/// query block, and what they keep count of.
+template <int kSlots, int kPlaces>
+struct Wishes {
+  // A wish: its tile is known by the parity of the slot that the values would take.
+  static constexpr uint32_t kWantsFirst = 1, kWantsSecond = 2;
+  static constexpr int kParity = 2;  // shift
+  uint32_t words[kSlots][2];         // by slot of values, by warpgroup
+  Barrier second_full[kSlots];       // of values of second runs; `full` is of first ones
+  int32_t blocks[2][kSlots][2];      // of a tile's runs, by its keys' slot; -1: no keys
+  uint32_t tallies[kPlaces];         // by query block: votes, and kWarp for each warp
+  static constexpr uint32_t kWarp = 1u << 28;
+
+  /// One thread, before fence_barrier_init().
+  __device__ void init_all() {
+    for (int n = 0; n < kSlots; ++n) {
+      init(second_full[n], 1);
+      words[n][0] = words[n][1] = (n == 0 ? 0u : 1u) << kParity;
+    }
+    arrive(second_full[0]);  // The slot's first use is by keys.
+    for (int n = 0; n < kPlaces; ++n) tallies[n] = 0;
+  }
+};
+
 template <class Traits>
 struct SparseForwardSm90Shared {
   using T = typename Traits::T;
@@ -84,9 +115,11 @@ struct SparseForwardSm90Shared {
   int32_t list_block[2];  // whose list it is: entry in `places`; -1: no more
   BlockPlace places[Traits::kPlaces];
   float lse_shift[3][Traits::kTileQ];  // with k_mean, of blocks by turn: scale q_r . k_mean
-  Votes<Traits::kHasSkip> votes;
+  std::conditional_t<Traits::kHasWishes, Wishes<Traits::kSlots, Traits::kPlaces>,
+                     Votes<Traits::kHasSkip>>
+      votes;
   uint32_t lists[1];  // two of RowScan's bits, the critical blocks of a query block; with a skip
-                      // rule a third one, the blocks that stay
+                      // rule a third one, the blocks that stay; or one for each warpgroup
 };
 
 struct SparseForwardSm90Params {

@@ -19,7 +19,8 @@
 namespace sparline::cuda {
 
 template <class Traits>
-class SparseForwardSm90SkipRows : SparseForwardSm90Rows<Traits> {
+class SparseForwardSm90SkipRows : protected SparseForwardSm90Rows<Traits> {
+ protected:
   using Rows = SparseForwardSm90Rows<Traits>;
   using Round = Votes<true>;
   using Rows::block_;
@@ -69,7 +70,7 @@ class SparseForwardSm90SkipRows : SparseForwardSm90Rows<Traits> {
     if (Traits::kTakesTurns && warp_index() < 8) sync_named(kFirstTurn, kMultiplyThreads);
   }
 
- private:
+ protected:
   /// Waits for the keys of the next tile; false if there is none. They lie behind the values of the
   /// tile before the last one, and those of the last one behind them.
   __device__ __forceinline__ bool next_tile(TileInfo& tile) {

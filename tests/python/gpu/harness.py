@@ -198,6 +198,8 @@ def large_cases() -> list[Case]:
     add(SLA.sla1(keep_ratio=0.1, **blocks), **packs, **spans, **sizes)
     add(SLA.paper(keep_ratio=0.1, **blocks), block_map="random")
     add(SLA2(keep_ratio=0.1), block_map="soft")
+    add(DynSparse(log_threshold=-3.0, decide_rows=64), **spans, **sizes)
+    add(BLASST(log_threshold=-1.0, decide_rows=64), **packs, **sizes)
     grid = {"head_dim": 64, "dtype": "bfloat16"}
     on_grids = [
         on_grid(SLA2(keep_ratio=0.1, token_order="cubes"), Grid(8, 18, 20), **grid),
