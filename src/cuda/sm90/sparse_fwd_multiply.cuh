@@ -195,7 +195,7 @@ class SparseForwardSm90Rows {
     release(z_slot);
     float o_factor[2];
     find_factors(at, den, logits, o_factor,
-                 [&](const float(&factor)[2], const bool(&has_linear)[2]) {
+                 [&](const float (&factor)[2], const bool (&has_linear)[2]) {
 #pragma unroll
                    for (int n = 0; n < kHeadDim / 2; ++n) {
                      phi[n] = has_linear[n / 2 % 2] ? phi[n] * factor[n / 2 % 2] : 0.0f;
@@ -257,17 +257,16 @@ class SparseForwardSm90Rows {
     release(z_slot);
     float o_factor[2];
     bool has_linear[2] = {true, true};
-    find_factors(at, den, logits, o_factor,
-                 [&](const float(&factor)[2], const bool(&has)[2]) {
+    find_factors(at, den, logits, o_factor, [&](const float (&factor)[2], const bool (&has)[2]) {
 #pragma unroll
-                   for (int n = 0; n < kHeadDim / 4; ++n) {
-                     const float low = __uint_as_float(a[n] << 16);
-                     const float high = __uint_as_float(a[n] & 0xffff0000u);
-                     a[n] = pack<bf16>(low * factor[n % 2], high * factor[n % 2]);
-                   }
-                   has_linear[0] = has[0];
-                   has_linear[1] = has[1];
-                 });
+      for (int n = 0; n < kHeadDim / 4; ++n) {
+        const float low = __uint_as_float(a[n] << 16);
+        const float high = __uint_as_float(a[n] & 0xffff0000u);
+        a[n] = pack<bf16>(low * factor[n % 2], high * factor[n % 2]);
+      }
+      has_linear[0] = has[0];
+      has_linear[1] = has[1];
+    });
     wgmma_wait<0>();
     release(v_slot);
 #pragma unroll
@@ -312,8 +311,7 @@ class SparseForwardSm90Rows {
       if (is_elu) return x <= 0.0f ? e : x + 1.0f;
       return is_relu && x <= 0.0f ? 0.0f : x;
     };
-    make_all(
-        z, 0.0f, den, [&](float x, int) { return apply(x); }, take);
+    make_all(z, 0.0f, den, [&](float x, int) { return apply(x); }, take);
     den[0] += p_.linear.epsilon;
     den[1] += p_.linear.epsilon;
   }
@@ -324,8 +322,8 @@ class SparseForwardSm90Rows {
     float shift[2];
     find_shifts(shift);
     make_all(
-        z, p_.linear.epsilon, den,
-        [&](float x, int half) { return exponential(x, shift[half]); }, take);
+        z, p_.linear.epsilon, den, [&](float x, int half) { return exponential(x, shift[half]); },
+        take);
   }
   __device__ __forceinline__ static float exponential(float x, float shift) {
     return exp2_approx(fmaf(x, kLog2E, shift));
@@ -379,8 +377,8 @@ class SparseForwardSm90Rows {
     for (int n = 4; n < kHeadDim / 4; ++n) tops[n % 4] = max_pairs(tops[n % 4], q_[n]);
     const uint32_t first = max_pairs(tops[0], tops[2]), second = max_pairs(tops[1], tops[3]);
     // Both rows in one word.
-    uint32_t top = max_pairs(__byte_perm(first, second, 0x5410),
-                                __byte_perm(first, second, 0x7632));
+    uint32_t top =
+        max_pairs(__byte_perm(first, second, 0x5410), __byte_perm(first, second, 0x7632));
     top = max_pairs(top, __shfl_xor_sync(kAllLanes, top, 1));
     top = max_pairs(top, __shfl_xor_sync(kAllLanes, top, 2));
     const float2 both = to_floats(top);
