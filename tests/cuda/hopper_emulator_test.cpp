@@ -257,6 +257,35 @@ TEST(HopperCountersDeathTest, BlocksThatHaveNoRoom) {
   EXPECT_NO_FATAL_FAILURE(run(1));
 }
 
+/// Two warps tell each other numbers by turns; warp 0 polls with some of its lanes.
+__global__ void posting_kernel(uint32_t* out) {
+  SPARLINE_DYNAMIC_SHARED_ALIGNED(shared, 1024);
+  auto* const words = reinterpret_cast<uint32_t*>(shared);
+  if (threadIdx.x < 2) words[threadIdx.x] = 0;
+  __syncthreads();
+  const bool is_first = threadIdx.x < 32;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  for (uint32_t n = 1; n <= 5; ++n) {
+    if (is_first && lane == 0) post(words[0], n);
+    const int num_lanes = is_first ? 8 : 32;
+    uint32_t value = n;
+    do {
+      if (lane < num_lanes) value = posted(words[is_first ? 1 : 0]);
+    } while (__any_sync(kAllLanes, value != n));
+    if (!is_first && lane == 0) post(words[1], n);
+  }
+  if (threadIdx.x == 0) *out = posted(words[1]);
+}
+TEST(HopperWords, WarpsPollEachOther) {
+  for (const Order order : {Order::kForward, Order::kReverse, Order::kRandom}) {
+    emulator::set_order(order, 3);
+    uint32_t out = 0;
+    launch(posting_kernel, {.blocks = 1, .threads = 64, .shared_bytes = 1024}, nullptr, &out);
+    emulator::set_order(Order::kForward);
+    EXPECT_EQ(out, 5u);
+  }
+}
+
 // What goes wrong --------------------------------------------------------------------------------
 
 enum class Mistake {

@@ -68,6 +68,21 @@ __device__ __forceinline__ void wait(Barrier& barrier, uint32_t parity) {
   } while (is_done == 0);
 }
 
+/// A word in shared memory that another warp polls, and what it holds by now: nothing is said of
+/// other memory.
+__device__ __forceinline__ void post(uint32_t& word, uint32_t value) {
+  asm volatile("st.volatile.shared.u32 [%0], %1;" ::"r"(shared_address(&word)), "r"(value)
+               : "memory");
+}
+__device__ __forceinline__ uint32_t posted(const uint32_t& word) {
+  uint32_t value;
+  asm volatile("ld.volatile.shared.u32 %0, [%1];"
+               : "=r"(value)
+               : "r"(shared_address(&word))
+               : "memory");
+  return value;
+}
+
 /// One of the barriers of threads beside that of __syncthreads, 1 to 15: `num_threads` threads
 /// meet, of which some wait and others only arrive.
 __device__ __forceinline__ void sync_named(int idx, int num_threads) {

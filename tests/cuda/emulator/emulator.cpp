@@ -223,7 +223,7 @@ std::string describe_waiting() {
         },
         [&](int lane) { return describe(warp.waits[lane]); });
     describe_alike(warp.polling, is_same_site, [&](int lane) {
-      return "a loop for a counter of global memory, " + place(warp.sites[lane]);
+      return "a loop that polls memory, " + place(warp.sites[lane]);
     });
     const uint32_t returned =
         ~(warp.meeting | warp.at_barrier | warp.parked | warp.polling | warp.runnable);
@@ -754,6 +754,11 @@ void let_others_go_on(const void* site) {
   warp.sites[machine.lane] = site;
   warp.polling |= 1u << machine.lane;
   yield();
+}
+
+void let_polling_go_on() {
+  for (Warp& warp : machine.block->warps) warp.runnable |= std::exchange(warp.polling, 0u);
+  note_progress();
 }
 
 void note_progress() { ++machine.progress; }

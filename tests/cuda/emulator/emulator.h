@@ -152,6 +152,8 @@ void park(const Wait& wait);
 void wake(const std::function<bool(const Wait&, int thread)>& is_over);
 /// Until no other thread of the block can go on, and the other blocks had their turn.
 void let_others_go_on(const void* site);
+/// Threads of the block that have let others go on may look again.
+void let_polling_go_on();
 /// Something has happened that a thread of another block may wait for.
 void note_progress();
 

@@ -612,6 +612,15 @@ void wait(Barrier& barrier, uint32_t parity) {
   emulator::park({.kind = emulator::kBarrier, .at = &barrier, .value = parity, .site = site});
 }
 
+void post(uint32_t& word, uint32_t value) {
+  word = value;
+  emulator::let_polling_go_on();
+}
+uint32_t posted(const uint32_t& word) {
+  emulator::let_others_go_on(__builtin_return_address(0));
+  return word;
+}
+
 void arrive_named(int idx, int num_threads) {
   emulator::arrive_whole_warp("arrive_named", idx, num_threads, __builtin_return_address(0));
 }

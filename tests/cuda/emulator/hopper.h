@@ -45,6 +45,10 @@ void fence_barrier_init();
 void arrive(Barrier& barrier);
 void arrive_expecting(Barrier& barrier, uint32_t bytes);
 void wait(Barrier& barrier, uint32_t parity);
+/// Who polls looks again, before or after other warps go on.
+void post(uint32_t& word, uint32_t value);
+/// Lets others go on first: it is read in loops.
+uint32_t posted(const uint32_t& word);
 void sync_named(int idx, int num_threads);
 void arrive_named(int idx, int num_threads);
 
