@@ -51,9 +51,9 @@ __device__ __forceinline__ int32_t row_of_votes(const SparseForward& p, const Qu
 }
 
 /// Stores what a skip rule did to a query block: its row of kept_bits, as words in shared memory or
-/// null for none, and the count of votes. One warp. `row`: row_of_votes().
+/// null for none. One warp. `row`: row_of_votes().
 __device__ __forceinline__ void store_kept(const SparseForward& p, int32_t row,
-                                           const uint32_t* words, int num_votes) {
+                                           const uint32_t* words) {
   const int32_t i = row % p.frame.queries.num_blocks, head = row / p.frame.queries.num_blocks;
   const int64_t first =
       p.kept_bits.offset(head / p.frame.num_heads, head % p.frame.num_heads, i, 0, 0);
@@ -62,6 +62,11 @@ __device__ __forceinline__ void store_kept(const SparseForward& p, int32_t row,
     p.kept_bits.data[first + byte * p.kept_bits.stride_byte] =
         static_cast<uint8_t>(word >> (byte % 4 * 8));
   }
+}
+/// The same with the count of votes.
+__device__ __forceinline__ void store_kept(const SparseForward& p, int32_t row,
+                                           const uint32_t* words, int num_votes) {
+  store_kept(p, row, words);
   if (p.row_votes != nullptr && lane_index() == 0) p.row_votes[row] = static_cast<float>(num_votes);
 }
 
@@ -95,6 +100,7 @@ __device__ void look_up(const SparseForwardSm90Params& params,
         to.z = head * p.frame.queries.num_blocks + at.i;
         if (at.block.rows < Traits::kHeadDim) to.ragged = at.block.sequence;
       } else if (Traits::kHasSkip) {
+        if constexpr (Traits::kHasRuns) shared.votes.num_passes[place.slot] = 0;
         to.z = row_of_votes(p, at);
         to.ragged = at.block.is_protected != 0 ? -1 : 0;
       }

@@ -17,7 +17,7 @@ struct SparseForwardSm90Traits {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kHasLinear = kTiles == Tiles::kLinear;
-  static constexpr bool kHasSkip = kTiles == Tiles::kSkipped;
+  static constexpr bool kHasSkip = kTiles == Tiles::kSkipped, kHasRuns = false;
   static constexpr int kTileQ = 128, kTileK = 128, kRunK = 64;
   static constexpr int kSlices = kHeadDim / 64;  // of 64 columns, one behind the other
   static constexpr int kSlots = kHeadDim == 64 ? 12 : 6;
@@ -32,6 +32,16 @@ struct SparseForwardSm90Traits {
   static constexpr int kLoadRegisters = 40, kMultiplyRegisters = 232;
   static constexpr int kSliceBytesQ = kTileQ * 128, kSliceBytesK = kTileK * 128;
   static_assert(kHeadDim % 64 == 0 && kHeadDim <= 128);
+};
+
+/// With a skip rule and key blocks of at most a run: tiles of one run, and a ring for keys and one
+/// for values.
+template <class T, int kHeadDim>
+struct SparseForwardSm90RunTraits : SparseForwardSm90Traits<T, kHeadDim, Tiles::kSkipped> {
+  static constexpr bool kHasRuns = true, kTakesTurns = false;
+  static constexpr int kTileK = 64, kSliceBytesK = kTileK * 128;
+  static constexpr int kKeySlots = kHeadDim == 64 ? 8 : 6, kSlots = 2 * kKeySlots;
+  static_assert(SparseForwardSm90RunTraits::kPlaces > kKeySlots + 4);
 };
 
 /// A query block, for those who load and multiply.
@@ -72,8 +82,33 @@ struct Votes<true> {
   alignas(16) uint32_t words[2][2][kWarps];                   // by round; by turns
 };
 
+/// The same where a tile is one run.
+struct RunVotes {
+  static constexpr int kWarps = 8;
+  // Each run of the CTA has a number, from 1 on. A vote is twice the number, and one more if the
+  // warp wants the run. It is cast when the keys of the next run are there: in the place of others
+  // that all have decided upon, those who multiply and the warp that loads values.
+  static constexpr int kTurns = 16;
+  uint32_t words[kTurns][kWarps];
+  // Of query blocks by their place: rows that did without a run, and above kCountBits the warps
+  // that have added theirs.
+  static constexpr int kCountBits = 28, kPlaces = 15;
+  uint32_t num_passes[kPlaces];
+};
+
+/// Whether any warp wants a run: known with the first that does, or with the last vote.
+__device__ __forceinline__ bool any_wants(const RunVotes& votes, uint32_t turn) {
+  while (true) {
+    const uint32_t vote =
+        posted(votes.words[turn % RunVotes::kTurns][lane_index() % RunVotes::kWarps]);
+    if (__any_sync(kAllLanes, vote == turn * 2 + 1)) return true;
+    if (__all_sync(kAllLanes, vote == turn * 2)) return false;
+  }
+}
+
 template <class Traits>
 struct SparseForwardSm90Shared {
+  static_assert(!Traits::kHasRuns || Traits::kPlaces == RunVotes::kPlaces);
   using T = typename Traits::T;
   T q[Traits::kTileQ * Traits::kHeadDim];
   T slots[Traits::kSlots][Traits::kTileK * Traits::kHeadDim];
@@ -83,7 +118,7 @@ struct SparseForwardSm90Shared {
   int32_t list_block[2];  // whose list it is: entry in `places`; -1: no more
   BlockPlace places[Traits::kPlaces];
   float lse_shift[3][Traits::kTileQ];  // with k_mean, of blocks by turn: scale q_r . k_mean
-  Votes<Traits::kHasSkip> votes;
+  std::conditional_t<Traits::kHasRuns, RunVotes, Votes<Traits::kHasSkip>> votes;
   uint32_t lists[1];  // two of RowScan's bits, the critical blocks of a query block; with a skip
                       // rule a third one, the blocks that stay
 };
