@@ -99,35 +99,38 @@ class SparseForwardSm90RunLoader {
     keys_.advance();
   }
 
-  /// Values of a run, as soon as one warp wants it. The place of its keys is free only then: no
-  /// vote is cast while one kTurns before it may still be looked at.
+  /// Values of a run, as soon as one warp wants it; what is left to do after that. The place of its
+  /// keys is free only then: no vote is cast while one kTurns before it may still be looked at.
   __device__ __forceinline__ void load_values(const KeyRun& run, const BlockPlace& at) {
+    const int slot = Traits::kKeySlots + values_.slot;
+    wait(shared_.empty[slot], values_.parity ^ 1);
     const bool is_kept = is_sure(run, at) || any_wants(shared_.votes, turn_);
-    ++turn_;
+    if (is_kept) {
+      if (elect_one()) {
+        arrive_expecting(shared_.full[slot], kRunBytes);
+#pragma unroll
+        for (int slice = 0; slice < Traits::kSlices; ++slice) {
+          // Values end with their block: what comes after it may be infinite or NaN, which P = 0
+          // would not take away.
+          if (run.num_keys < kRunK) {
+            load_cut_box(place(slot, slice), params_.cut_v, shared_.full[slot], slice * 64,
+                         run.first_key, run.num_keys, kRunK, at.h_kv, at.b);
+          } else {
+            load_box(place(slot, slice), params_.v, shared_.full[slot], slice * 64, run.first_key,
+                     at.h_kv, at.b);
+          }
+        }
+      }
+      __syncwarp();
+      values_.advance();
+      if (run.num_keys > 0 && lane_index() == 0) {
+        kept_words()[run.block / 32] |= 1u << run.block % 32;
+      }
+    }
     if (elect_one()) arrive(shared_.empty[keys_.slot]);
     __syncwarp();
     keys_.advance();
-    if (!is_kept) return;
-    if (run.num_keys > 0 && lane_index() == 0) kept_words()[run.block / 32] |= 1u << run.block % 32;
-    const int slot = Traits::kKeySlots + values_.slot;
-    wait(shared_.empty[slot], values_.parity ^ 1);
-    if (elect_one()) {
-      arrive_expecting(shared_.full[slot], kRunBytes);
-#pragma unroll
-      for (int slice = 0; slice < Traits::kSlices; ++slice) {
-        // Values end with their block: what comes after it may be infinite or NaN, which P = 0
-        // would not take away.
-        if (run.num_keys < kRunK) {
-          load_cut_box(place(slot, slice), params_.cut_v, shared_.full[slot], slice * 64,
-                       run.first_key, run.num_keys, kRunK, at.h_kv, at.b);
-        } else {
-          load_box(place(slot, slice), params_.v, shared_.full[slot], slice * 64, run.first_key,
-                   at.h_kv, at.b);
-        }
-      }
-    }
-    __syncwarp();
-    values_.advance();
+    ++turn_;
   }
 
   /// What the rule does to a query block: bits of key blocks behind the lists.

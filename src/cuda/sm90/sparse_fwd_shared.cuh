@@ -101,8 +101,9 @@ __device__ __forceinline__ bool any_wants(const RunVotes& votes, uint32_t turn) 
   while (true) {
     const uint32_t vote =
         posted(votes.words[turn % RunVotes::kTurns][lane_index() % RunVotes::kWarps]);
-    if (__any_sync(kAllLanes, vote == turn * 2 + 1)) return true;
-    if (__all_sync(kAllLanes, vote == turn * 2)) return false;
+    const bool is_wanted = __any_sync(kAllLanes, vote == turn * 2 + 1) != 0;
+    const bool is_known = __all_sync(kAllLanes, vote / 2 == turn) != 0;
+    if (is_wanted || is_known) return is_wanted;
   }
 }
 
