@@ -129,8 +129,6 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
     float top[2];
     this->template find_lane_tops<0>(s, top);
     is_kept_ = cast(top);
-    // Only now: what the others wait for is sooner there, and values may be late.
-    if constexpr (kHasValues) add_values();
     if constexpr (kHasNext) {
       num_keys_ = next_.num_keys;
       keys_.advance();
@@ -142,14 +140,34 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
     ++turn_;
     if (is_kept_) {
       this->template follow_tops<0>(top, is_running_max() ? 0.0f : Rows::kLazyLog2, s);
-      this->template exponentials<0>(s);
+      exponentials<0>(s);
     }
+    // Only now, as values come late: scores keep the tensor cores busy so far.
+    if constexpr (kHasValues) add_values();
+    if (is_kept_) exponentials<1>(s);
     const bool is_raised = this->is_raised_;
     if constexpr (kHasValues || kHasNext) wgmma_wait<0>();
     if constexpr (kHasNext) this->release(k_slot);
     if constexpr (kHasValues) release_values();
     if (is_kept_) this->template pack_p<0>(s);
     if (is_raised) this->rescale();
+  }
+
+  /// S of half of the run becomes P.
+  template <int kHalf>
+  __device__ __forceinline__ void exponentials(Scores& s) {
+    constexpr int kBegin = kHalf * kRunK / 4;
+    float sums[2] = {0.0f, 0.0f};
+    // -inf - -inf is NaN: a row without keys so far is shifted by nothing.
+    const float offsets[2] = {row_max_[0] == -INFINITY ? 0.0f : -row_max_[0],
+                              row_max_[1] == -INFINITY ? 0.0f : -row_max_[1]};
+#pragma unroll
+    for (int n = kBegin; n < kBegin + kRunK / 4; ++n) {
+      s[n] = exp2_approx(fmaf(s[n], p_.scale_log2, offsets[n / 2 % 2]));
+      sums[n / 2 % 2] += s[n];
+    }
+    row_sum_[0] += sums[0];
+    row_sum_[1] += sums[1];
   }
 
   __device__ bool is_running_max() const { return p_.skip.reference == SkipReference::kRunningMax; }
