@@ -199,6 +199,9 @@ class SparseForwardSm90Loader {
       // A block without critical keys gets a tile without keys: zeros from past the end.
       do {
         second = second_run(runs);
+        if (Traits::kHasLinear && block < 0 && at.z >= 0 && second.num_keys == 0) {
+          block = TileInfo::kLast;
+        }
         if constexpr (kIsValues && Traits::kHasSkip) {
           load_kept(first, second, at);
         } else {

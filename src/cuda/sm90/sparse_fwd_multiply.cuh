@@ -46,6 +46,7 @@ class SparseForwardSm90Rows {
     bool was_linear = false, stores_late = false;
     while (tile.num_keys != TileInfo::kEnd) {
       const bool is_linear = Traits::kHasLinear && tile.block == TileInfo::kLinear;
+      const bool is_last = Traits::kHasLinear && tile.block == TileInfo::kLast && is_softmax();
       const bool has_second = tile.has_second();
       // Cursors and the wait for the next tile stand here, once, and not in every step: ptxas 13.0
       // then keeps slots in uniform registers (33 R2UR in the kernel with a linear tile, else 269).
@@ -53,12 +54,16 @@ class SparseForwardSm90Rows {
       ring_.advance();
       v_ = ring_;
       ring_.advance();
+      RingCursor<Traits::kSlots> v_after = ring_;  // of this tile's values
+      v_after.advance();
       // Nearly all tiles, first: every jump to far code waits for instructions. had_second stands
       // for tiles of keys alone: no linear tile has a second run, and after one it is false.
       if (__builtin_expect(had_second && has_second && !stores_late, 1)) {
         step<kTileK, kTileK>(tile);
       } else if (stores_late) {
         step<kTileK, kTileK, false, kStoresLate>(tile);
+      } else if (is_last) {
+        step_with_linear(tile, v_after);
       } else if (is_linear) {
         had_second ? linear_step<kTileK>() : linear_step<kRunK>();
       } else if (was_linear) {
@@ -70,7 +75,11 @@ class SparseForwardSm90Rows {
       }
       had_second = has_second;
       const bool has_combined = was_linear;
-      was_linear = is_linear;
+      was_linear = is_linear || is_last;
+      if (is_last) {
+        ring_.advance();
+        ring_.advance();
+      }
       read(tile);
       stores_late = kStoresLate && has_combined && had_second && tile.has_second();
       if (Traits::kHasLinear && has_combined && !stores_late) store_combined(block_before());
@@ -182,25 +191,16 @@ class SparseForwardSm90Rows {
     start_values<kKeysBefore>();
     if constexpr (Traits::kTakesTurns) arrive_named(3 - warp_index() / 4, kMultiplyThreads);
     float phi[kHeadDim / 2], den[2];
-    make_phi(phi, reinterpret_cast<const float*>(shared_.slots[z_slot]) + lane_ % 4 * 2, den);
-    __syncwarp();
+    make_phi(phi, z_of(z_slot), den);
     release(z_slot);
     float o_factor[2];
-    Shares shares[2];
-    bool is_usual = true;
+    find_factors(at, den, logits, o_factor,
+                 [&](const float(&factor)[2], const bool(&has_linear)[2]) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      shares[half] = shares_of(logits[half]);
-      const float divisor = den[half] * shares[half].inverse_c;
-      is_usual = is_usual && divisor >= 0x1p-32f && divisor <= 0x1p32f;
-      o_factor[half] = shares[half].a_to_c * den[half];
-      inverse_[half] = __fdividef(1.0f, divisor);
-    }
-    if (!__all_sync(kAllLanes, is_usual)) divide_phi(phi, den, shares, o_factor);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      o_factor[half] *= finish_row(block_, at, half, row_max_[half], row_sum_[half]);
-    }
+                   for (int n = 0; n < kHeadDim / 2; ++n) {
+                     phi[n] = has_linear[n / 2 % 2] ? phi[n] * factor[n / 2 % 2] : 0.0f;
+                   }
+                 });
     wgmma_wait<0>();
     release(v_slot);
 #pragma unroll
@@ -209,6 +209,76 @@ class SparseForwardSm90Rows {
 #pragma unroll
     for (int n = 0; n < kHeadDim / 4; ++n) p_frag_[n] = pack<bf16>(phi[n * 2], phi[n * 2 + 1]);
     is_first_ = false;
+  }
+  /// The same where the last tile has one run: its scores and P too. One part of phi(q) is made
+  /// while the scores are under way, the other one beside P v.
+  __device__ __forceinline__ void step_with_linear(const TileInfo& tile,
+                                                   const RingCursor<Traits::kSlots>& v_after) {
+    constexpr int kFirstPart = kHeadDim / 64 * 3;  // of kHeadDim / 8: half of them spill
+    const int k_slot = k_.slot, z_slot = ring_.slot;
+    wait(shared_.full[ring_.slot], ring_.parity);
+    float s[kRunK / 2];
+    if constexpr (Traits::kTakesTurns) sync_named(warp_index() / 4, kMultiplyThreads);
+    start_scores<kRunK>(s);
+    int v_slot = v_.slot;
+    start_values<kTileK>();
+    if constexpr (Traits::kTakesTurns) arrive_named(3 - warp_index() / 4, kMultiplyThreads);
+    uint32_t a[kHeadDim / 4];
+    float shift[2], sums[2][2] = {};
+    find_shifts(shift);
+    const auto apply = [&](float x, int half) { return exponential(x, shift[half]); };
+    const auto take = [&](int n, float low, float high) { a[n] = pack<bf16>(low, high); };
+    make_some<0, kFirstPart>(z_of(z_slot), p_.linear.epsilon, sums, apply, take);
+    // Never true. ptxas moves exponentials past a wait, but not past a branch that waits for them.
+    if (__any_sync(kAllLanes, sums[0][0] + sums[0][1] + sums[1][0] + sums[1][1] < 0.0f)) {
+      __nanosleep(1);
+    }
+    wgmma_wait<1>();
+    release(k_slot);
+    start_softmax<kRunK>(s, tile);
+    find_tops<0>(s);
+    exponentials<0>(s);
+    const bool is_raised = is_raised_;
+    wgmma_wait<0>();
+    release(v_slot);
+    pack_p<0>(s);
+    if (is_raised) rescale();
+    is_first_ = false;
+    const BlockPlace& at = shared_.places[block_];
+    const float logits[2] = {load_logit(at, 0), load_logit(at, 1)};
+    v_ = v_after;
+    v_slot = v_.slot;
+    if constexpr (Traits::kTakesTurns) sync_named(warp_index() / 4, kMultiplyThreads);
+    start_values<kRunK>();
+    if constexpr (Traits::kTakesTurns) arrive_named(3 - warp_index() / 4, kMultiplyThreads);
+    make_some<kFirstPart, kHeadDim / 8>(z_of(z_slot), p_.linear.epsilon, sums, apply, take);
+    const float den[2] = {quad_sum(sums[0][0] + sums[0][1]), quad_sum(sums[1][0] + sums[1][1])};
+    __syncwarp();
+    release(z_slot);
+    float o_factor[2];
+    bool has_linear[2] = {true, true};
+    find_factors(at, den, logits, o_factor,
+                 [&](const float(&factor)[2], const bool(&has)[2]) {
+#pragma unroll
+                   for (int n = 0; n < kHeadDim / 4; ++n) {
+                     const float low = __uint_as_float(a[n] << 16);
+                     const float high = __uint_as_float(a[n] & 0xffff0000u);
+                     a[n] = pack<bf16>(low * factor[n % 2], high * factor[n % 2]);
+                   }
+                   has_linear[0] = has[0];
+                   has_linear[1] = has[1];
+                 });
+    wgmma_wait<0>();
+    release(v_slot);
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 2; ++n) o_[n] *= o_factor[n / 2 % 2];
+    // A copy alone would make the products wait (C7513).
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 4; ++n) p_frag_[n] = has_linear[n % 2] ? a[n] : 0u;
+  }
+  __device__ bool is_softmax() const { return p_.linear.feature_map == FeatureMap::kSoftmax; }
+  __device__ const float* z_of(int slot) const {
+    return reinterpret_cast<const float*>(shared_.slots[slot]) + lane_ % 4 * 2;
   }
   /// How a row of o is made of both branches, a o_s + c o_l.
   struct Shares {
@@ -225,53 +295,66 @@ class SparseForwardSm90Rows {
             is_blend ? 1.0f + a_to_c : 1.0f};
   }
   /// phi(q), two columns for each word of q_, and phi(q) . Z_i of the lane's rows, with epsilon.
-  /// The softmax is not divided by its sum: what it is divided by in the end has that factor too.
   __device__ __forceinline__ void make_phi(float (&phi)[kHeadDim / 2], const float* z,
                                            float (&den)[2]) const {
-    const FeatureMap map = p_.linear.feature_map;
-    const float epsilon = p_.linear.epsilon;
-    float sums[2][2] = {};
-    const auto add = [&](int n, int half, float low, float high, const float2& of_pair) {
-      sums[half][0] = fmaf(low, of_pair.x, sums[half][0]);
-      sums[half][1] = fmaf(high, of_pair.y, sums[half][1]);
-      phi[n * 4 + half * 2] = low;
-      phi[n * 4 + half * 2 + 1] = high;
+    const auto take = [&](int n, float low, float high) {
+      phi[n * 2] = low;
+      phi[n * 2 + 1] = high;
     };
-    if (map == FeatureMap::kSoftmax) {
-      float shift[2];
-      find_shifts(shift);
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-        float2 of_pair = *reinterpret_cast<const float2*>(z + n * 8);
-        of_pair = {of_pair.x + epsilon, of_pair.y + epsilon};
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float2 q = to_floats(q_[n * 2 + half]);
-          add(n, half, exp2_approx(fmaf(q.x, kLog2E, shift[half])),
-              exp2_approx(fmaf(q.y, kLog2E, shift[half])), of_pair);
-        }
-      }
-    } else {
-      const bool is_elu = map == FeatureMap::kElu1, is_relu = map == FeatureMap::kRelu;
-      const auto apply = [&](float x) {
-        const float e = exp2_approx(fminf(x * kLog2E, 127.0f));
-        if (is_elu) return x <= 0.0f ? e : x + 1.0f;
-        return is_relu && x <= 0.0f ? 0.0f : x;
-      };
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-        const float2 of_pair = *reinterpret_cast<const float2*>(z + n * 8);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float2 q = to_floats(q_[n * 2 + half]);
-          add(n, half, apply(q.x), apply(q.y), of_pair);
-        }
-      }
+    if (is_softmax()) {
+      make_softmax(z, den, take);
+      return;
     }
+    const bool is_elu = p_.linear.feature_map == FeatureMap::kElu1;
+    const bool is_relu = p_.linear.feature_map == FeatureMap::kRelu;
+    const auto apply = [&](float x) {
+      const float e = exp2_approx(fminf(x * kLog2E, 127.0f));
+      if (is_elu) return x <= 0.0f ? e : x + 1.0f;
+      return is_relu && x <= 0.0f ? 0.0f : x;
+    };
+    make_all(
+        z, 0.0f, den, [&](float x, int) { return apply(x); }, take);
+    den[0] += p_.linear.epsilon;
+    den[1] += p_.linear.epsilon;
+  }
+  /// The softmax is not divided by its sum: what it is divided by in the end has that factor too.
+  template <class Take>
+  __device__ __forceinline__ void make_softmax(const float* z, float (&den)[2],
+                                               const Take& take) const {
+    float shift[2];
+    find_shifts(shift);
+    make_all(
+        z, p_.linear.epsilon, den,
+        [&](float x, int half) { return exponential(x, shift[half]); }, take);
+  }
+  __device__ __forceinline__ static float exponential(float x, float shift) {
+    return exp2_approx(fmaf(x, kLog2E, shift));
+  }
+  /// All elements of q go through `apply` to `take`, and their sums with z + epsilon to `den`.
+  template <class Apply, class Take>
+  __device__ __forceinline__ void make_all(const float* z, float epsilon, float (&den)[2],
+                                           const Apply& apply, const Take& take) const {
+    float sums[2][2] = {};
+    make_some<0, kHeadDim / 8>(z, epsilon, sums, apply, take);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      den[half] = quad_sum(sums[half][0] + sums[half][1]);
-      if (map != FeatureMap::kSoftmax) den[half] += epsilon;
+    for (int half = 0; half < 2; ++half) den[half] = quad_sum(sums[half][0] + sums[half][1]);
+    __syncwarp();  // all have read z
+  }
+  template <int kFirst, int kEnd, class Apply, class Take>
+  __device__ __forceinline__ void make_some(const float* z, float epsilon, float (&sums)[2][2],
+                                            const Apply& apply, const Take& take) const {
+#pragma unroll
+    for (int n = kFirst; n < kEnd; ++n) {
+      float2 of_pair = *reinterpret_cast<const float2*>(z + n * 8);
+      of_pair = {of_pair.x + epsilon, of_pair.y + epsilon};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 q = to_floats(q_[n * 2 + half]);
+        const float low = apply(q.x, half), high = apply(q.y, half);
+        sums[half][0] = fmaf(low, of_pair.x, sums[half][0]);
+        sums[half][1] = fmaf(high, of_pair.y, sums[half][1]);
+        take(n * 2 + half, low, high);
+      }
     }
   }
   /// Both elements of a word: of bf16 the bits are those of the upper half of a float.
@@ -304,26 +387,42 @@ class SparseForwardSm90Rows {
     shift[0] = -kLog2E * both.x;
     shift[1] = -kLog2E * both.y;
   }
-  /// Where o times what phi is to be divided by might leave the range of floats, or there is
-  /// nothing to divide by: phi is divided at once; 0, even where it is not finite.
-  __device__ __forceinline__ void divide_phi(float (&phi)[kHeadDim / 2], const float (&den)[2],
-                                             const Shares (&shares)[2], float (&o_factor)[2]) {
-    float factor[2];
-    bool has_linear[2];
+  /// What P v and, later, o are to be multiplied by; stores lse. Where o times what phi is to be
+  /// divided by might leave the range of floats, or there is nothing to divide by, divide_phi is
+  /// told to do it at once, or to make phi 0, even where it is not finite.
+  template <class DividePhi>
+  __device__ __forceinline__ void find_factors(const BlockPlace& at, const float (&den)[2],
+                                               const float (&logits)[2], float (&o_factor)[2],
+                                               const DividePhi& divide_phi) {
+    Shares shares[2];
+    bool is_usual = true;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float inverse = 1.0f / den[half];
-      has_linear[half] = den[half] > 0.0f && den[half] <= FLT_MAX && inverse <= FLT_MAX;
-      factor[half] = inverse / shares[half].inverse_c;
-      o_factor[half] = p_.linear.combine == Combine::kLinear ? 0.0f : 1.0f;
-      if (p_.linear.combine == Combine::kBlend && has_linear[half]) {
-        o_factor[half] = 1.0f / (1.0f + 1.0f / shares[half].a_to_c);
+      shares[half] = shares_of(logits[half]);
+      const float divisor = den[half] * shares[half].inverse_c;
+      is_usual = is_usual && divisor >= 0x1p-32f && divisor <= 0x1p32f;
+      o_factor[half] = shares[half].a_to_c * den[half];
+      inverse_[half] = __fdividef(1.0f, divisor);
+    }
+    if (!__all_sync(kAllLanes, is_usual)) {
+      float factor[2];
+      bool has_linear[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float inverse = 1.0f / den[half];
+        has_linear[half] = den[half] > 0.0f && den[half] <= FLT_MAX && inverse <= FLT_MAX;
+        factor[half] = inverse / shares[half].inverse_c;
+        o_factor[half] = p_.linear.combine == Combine::kLinear ? 0.0f : 1.0f;
+        if (p_.linear.combine == Combine::kBlend && has_linear[half]) {
+          o_factor[half] = 1.0f / (1.0f + 1.0f / shares[half].a_to_c);
+        }
+        inverse_[half] = 1.0f;
       }
-      inverse_[half] = 1.0f;
+      divide_phi(factor, has_linear);
     }
 #pragma unroll
-    for (int n = 0; n < kHeadDim / 2; ++n) {
-      phi[n] = has_linear[n / 2 % 2] ? phi[n] * factor[n / 2 % 2] : 0.0f;
+    for (int half = 0; half < 2; ++half) {
+      o_factor[half] *= finish_row(block_, at, half, row_max_[half], row_sum_[half]);
     }
   }
   /// Divides by what linear_step() left and adds the bias.

@@ -57,9 +57,10 @@ struct BlockPlace {
 /// What those who load say of a tile of keys.
 struct TileInfo {
   uint32_t num_keys;  // of the first run, and 256 times those of the second; kEnd: no more tiles
-  int32_t block;      // whether a query block begins: its entry in `places`, else -1; or kLinear
+  int32_t block;      // whether a query block begins: its entry in `places`, else -1; or a name
   static constexpr uint32_t kEnd = 255, kFull = 64 + 256 * 64;
   static constexpr int32_t kLinear = -2;  // the linear tile: Z_i among the keys, H_i as values
+  static constexpr int32_t kLast = -3;    // the last one before that, of one run, and not the first
   // In num_keys with a skip rule, above the counts: runs that nobody is asked about.
   static constexpr uint32_t kIsKept = 1u << 16, kIsSecondKept = 1u << 17, kCounts = (1u << 16) - 1;
 
