@@ -59,14 +59,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (int n = 0; n < 2; ++n) {
       init(shared.list_full[n], 1);
       init(shared.list_empty[n], 2);
-      if constexpr (Traits::kHasSkip && !Traits::kHasWishes) {
+      if constexpr (Traits::kHasSkip && !Traits::kIsApart) {
         init(shared.votes.cast[n], Traits::kMultiplyWarps);
       }
     }
-    if constexpr (Traits::kHasWishes) shared.votes.init_all();
+    if constexpr (Traits::kIsApart) shared.votes.init_all();
     fence_barrier_init();
   }
-  if constexpr (Traits::kHasWishes) {
+  if constexpr (Traits::kIsApart) {
     const int num_words = (params.forward.frame.keys.num_blocks + 31) / 32;
     for (auto w = static_cast<int>(threadIdx.x); w < (Traits::kLists - 2) * num_words;
          w += Traits::kThreads) {
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
   } else {
     take_registers<Traits::kMultiplyRegisters>();
-    if constexpr (Traits::kHasWishes) {
+    if constexpr (Traits::kIsApart) {
       SparseForwardSm90SkipApartRows<Traits>(params, shared).run();
     } else if constexpr (Traits::kHasSkip) {
       SparseForwardSm90SkipRows<Traits>(params, shared).run();

@@ -202,7 +202,7 @@ class SparseForwardSm90Loader {
         if (Traits::kHasLinear && block < 0 && at.z >= 0 && second.num_keys == 0) {
           block = TileInfo::kLast;
         }
-        if constexpr (kIsValues && Traits::kHasWishes) {
+        if constexpr (kIsValues && Traits::kIsApart) {
           load_wanted(first, second, at);
         } else if constexpr (kIsValues && Traits::kHasSkip) {
           load_kept(first, second, at);
@@ -221,7 +221,7 @@ class SparseForwardSm90Loader {
         first = runs.template next<kRunK>();
       } while (first.num_keys > 0);
       if (Traits::kHasLinear && at.z >= 0) load_linear(at);
-      if constexpr (kIsValues && Traits::kHasSkip && !Traits::kHasWishes) end_record(at.z);
+      if constexpr (kIsValues && Traits::kHasSkip && !Traits::kIsApart) end_record(at.z);
       __syncwarp();
       if (elect_one()) arrive(shared_.list_empty[list.slot]);
       list.advance();
@@ -261,7 +261,7 @@ class SparseForwardSm90Loader {
           }
           if (is_protected || second.is_protected) num_keys |= TileInfo::kIsSecondKept;
         }
-        if constexpr (Traits::kHasWishes) {
+        if constexpr (Traits::kIsApart) {
           auto& blocks = shared_.votes.blocks[ring_.parity][ring_.slot];
           blocks[0] = first.num_keys > 0 ? first.block : -1;
           blocks[1] = second.block;
@@ -293,7 +293,7 @@ class SparseForwardSm90Loader {
     return (params_.forward.frame.keys.num_blocks + 31) / 32;
   }
   __device__ __forceinline__ void begin_record() {
-    if constexpr (kIsValues && Traits::kHasSkip && !Traits::kHasWishes) {
+    if constexpr (kIsValues && Traits::kHasSkip && !Traits::kIsApart) {
       for (int w = lane_index(); w < num_list_words(); w += kWarpSize) kept_words()[w] = 0;
       if (lane_index() == 0) shared_.votes.num_passes = 0;
       __syncwarp();

@@ -17,12 +17,10 @@ struct SparseForwardSm90Traits {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kHasLinear = kTiles == Tiles::kLinear;
+  // Whether a skip rule's votes are counted at a barrier of each warpgroup, and values asked for,
+  // as in sparse_fwd_skip_apart.cuh; else as in sparse_fwd_skip.cuh.
   static constexpr bool kIsApart = kTiles == Tiles::kSkippedApart;
   static constexpr bool kHasSkip = kTiles == Tiles::kSkipped || kIsApart;
-  // Whether a skip rule's votes are counted at a barrier, and values asked for, as in
-  // sparse_fwd_skip_apart.cuh, which serves either; else as in sparse_fwd_skip.cuh.
-  static constexpr bool kHasWishes = kIsApart;
-  static constexpr int kVoters = kIsApart ? 4 : 8;  // warps that decide together
   static constexpr int kTileQ = 128, kTileK = 128, kRunK = 64;
   static constexpr int kSlices = kHeadDim / 64;  // of 64 columns, one behind the other
   static constexpr int kSlots = kHeadDim == 64 ? 12 : 6;
@@ -115,7 +113,7 @@ struct SparseForwardSm90Shared {
   int32_t list_block[2];  // whose list it is: entry in `places`; -1: no more
   BlockPlace places[Traits::kPlaces];
   float lse_shift[3][Traits::kTileQ];  // with k_mean, of blocks by turn: scale q_r . k_mean
-  std::conditional_t<Traits::kHasWishes, Wishes<Traits::kSlots, Traits::kPlaces>,
+  std::conditional_t<Traits::kIsApart, Wishes<Traits::kSlots, Traits::kPlaces>,
                      Votes<Traits::kHasSkip>>
       votes;
   uint32_t lists[1];  // two of RowScan's bits, the critical blocks of a query block; with a skip

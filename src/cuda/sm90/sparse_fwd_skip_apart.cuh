@@ -36,11 +36,7 @@ class SparseForwardSm90SkipApartRows : SparseForwardSm90SkipRows<Traits> {
   using Base::shared_;
   using Base::v_;
   static constexpr int kFirstVote = 2;  // named barriers, with the number of the warpgroup
-  // Whether scores are started by turns: so that the two warpgroups do not start theirs together,
-  // and find maxima together, whenever both have waited for the same keys.
-  static constexpr bool kTakesTurns = true;
-  static constexpr bool kIsApart = Traits::kIsApart;
-  static constexpr int kVoters = Traits::kVoters, kForSecond = 16;
+  static constexpr int kVoters = 4 * kWarpSize, kForSecond = 16;
   // Runs of a tile, as bits: those that stay.
   static constexpr uint32_t kFirst = Wish::kWantsFirst, kSecond = Wish::kWantsSecond;
   static constexpr uint32_t kBoth = kFirst | kSecond;
@@ -52,7 +48,7 @@ class SparseForwardSm90SkipApartRows : SparseForwardSm90SkipRows<Traits> {
     wait(shared_.full[0], 0);
     TileInfo tile = shared_.infos[0];
     if (tile.num_keys == TileInfo::kEnd) return;
-    if (kTakesTurns && warp_index() >= 8) arrive_named_warps(kFirstTurn, kMultiplyThreads);
+    if (warp_index() >= 8) arrive_named_warps(kFirstTurn, kMultiplyThreads);
     block_ = -1;
     do {
       if (tile.block >= 0) {
@@ -70,7 +66,7 @@ class SparseForwardSm90SkipApartRows : SparseForwardSm90SkipRows<Traits> {
     v_.advance();
     v_.advance();
     release_old_values();
-    if (kTakesTurns && warp_index() < 8) sync_named_warps(kFirstTurn, kMultiplyThreads);
+    if (warp_index() < 8) sync_named_warps(kFirstTurn, kMultiplyThreads);
   }
 
  private:
@@ -165,9 +161,11 @@ class SparseForwardSm90SkipApartRows : SparseForwardSm90SkipRows<Traits> {
   __device__ __forceinline__ void step(const TileInfo& tile) {
     const int k_slot = k_.slot;
     float s[kKeys / 2];
-    if constexpr (kTakesTurns) sync_named_warps(warp_index() / 4, kMultiplyThreads);
+    // By turns: else both warpgroups, which wait for the same keys, would start scores together and
+    // then find maxima together.
+    sync_named_warps(warp_index() / 4, kMultiplyThreads);
     this->template start_scores<kKeys>(s);
-    if constexpr (kTakesTurns) arrive_named_warps(3 - warp_index() / 4, kMultiplyThreads);
+    arrive_named_warps(3 - warp_index() / 4, kMultiplyThreads);
     if constexpr (kStaysBefore != 0) start_values<kStaysBefore>();
     float limit[2];
     this->find_limits(limit);
@@ -251,8 +249,7 @@ class SparseForwardSm90SkipApartRows : SparseForwardSm90SkipRows<Traits> {
     const bool first = __any_sync(kAllLanes, asks_first);
     const bool second = __any_sync(kAllLanes, asks_second);
     const bool is_counted = lane_ == 0 ? first : (lane_ <= kForSecond && second);
-    const uint32_t count = count_named(kFirstVote + (kIsApart ? warp_index() / 4 : 1),
-                                       kVoters * kWarpSize, is_counted);
+    const uint32_t count = count_named(kFirstVote + warp_index() / 4, kVoters, is_counted);
     return (__any_sync(kAllLanes, count % kForSecond != 0) ? kFirst : 0u) |
            (__any_sync(kAllLanes, count >= kForSecond) ? kSecond : 0u);
   }
@@ -286,8 +283,8 @@ class SparseForwardSm90SkipApartRows : SparseForwardSm90SkipRows<Traits> {
 
   // What the rule does: one warp of each warpgroup notes the key blocks that stay --------------
 
-  __device__ int group() const { return kIsApart ? warp_index() / 4 - 1 : 0; }
-  __device__ bool is_noter() const { return kIsApart ? warp_index() % 4 == 1 : warp_index() == 5; }
+  __device__ int group() const { return warp_index() / 4 - 1; }
+  __device__ bool is_noter() const { return warp_index() % 4 == 1; }
   __device__ uint32_t* kept_words() const {
     return shared_.lists + (2 + group()) * num_list_words();
   }
