@@ -57,7 +57,7 @@ std::string code_for(int arch) {
 
 /// Which kernels the forward takes on Hopper, and why.
 std::string hopper_forward(const Plan& plan) {
-  const std::string why = cuda::why_forward_is_portable(plan.problem);
+  const std::string why = cuda::why_forward_is_portable(plan);
   if (!why.empty()) return "the portable kernel, because " + why;
   std::string words = "Hopper's own kernel, where rows lie in memory order";
   if (plan.problem.skip.reference != SkipReference::kNone) words += " and tiles ascend";

@@ -6,11 +6,13 @@
 //   wave by wave, o_s in o becomes the combination with o_l
 // or, where Hopper's kernels serve both branches, the sums of the linear branch of all heads first,
 // then o_s, combined at once
+#include <iterator>
 #include <limits>
 #include <utility>
 
 #include "cuda/device.h"
 #include "cuda/host.h"
+#include "cuda/sm90/tiles.h"
 
 namespace sparline::cuda {
 namespace {
@@ -60,7 +62,7 @@ const char* why_linear_is_portable(const Plan& plan, const Frame& frame) {
   const Problem& p = plan.problem;
   if (!has_linear_branch(p)) return "there is none";
   if (!is_hopper(plan)) return "the device is not Hopper";
-  if (const char* const why = why_forward_is_portable(p); *why != '\0') return why;
+  if (const char* const why = why_forward_is_portable(plan); *why != '\0') return why;
   if (p.skip.reference != SkipReference::kNone)
     return "the sparse kernel does not combine under a skip rule";
   if (has_feature_weights(p)) return "hedgehog maps have no other";
@@ -97,7 +99,7 @@ struct ForwardSpace {
     const bool has_skip = p.skip.reference != SkipReference::kNone;
     k_mean = arena.take<float>(p.smooth_k ? mean_floats : 0);
     row_votes = arena.take<float>(has_skip ? p.batch * p.num_heads * frame.queries.num_blocks : 0);
-    const bool may_be_hopper = is_hopper(plan) && *why_forward_is_portable(p) == '\0';
+    const bool may_be_hopper = is_hopper(plan) && *why_forward_is_portable(plan) == '\0';
     num_taken = may_be_hopper ? arena.take<uint32_t>(1) : nullptr;
     const auto wave_bytes = [&](int64_t pairs) {
       LinearParams params = linear_params(plan, frame);
@@ -132,7 +134,8 @@ struct ForwardSpace {
 
 }  // namespace
 
-const char* why_forward_is_portable(const Problem& p) {
+const char* why_forward_is_portable(const Plan& plan) {
+  const Problem& p = plan.problem;
   if (p.low_bit.is_enabled) return "low bit has no other";
   if (p.skip.reference != SkipReference::kNone && p.skip.rows != 0 && p.skip.rows != p.block_q &&
       p.skip.rows != 64) {
@@ -142,6 +145,13 @@ const char* why_forward_is_portable(const Problem& p) {
   if (p.bit_rows > 0) return "tile bits have no other";
   if (p.head_dim != 64 && p.head_dim != 128) return "head_dim is neither 64 nor 128";
   if (p.block_q <= 64) return "block_q is below 65";
+  const bool is_apart = p.skip.rows == 64;
+  const Tiles tiles = p.skip.reference == SkipReference::kNone ? Tiles::kPlain
+                      : is_apart                               ? Tiles::kSkippedApart
+                                                               : Tiles::kSkipped;
+  if (std::ssize(plan.key_blocks) > most_key_blocks(tiles, p.head_dim)) {
+    return "its lists have no room for so many key blocks";
+  }
   return "";
 }
 

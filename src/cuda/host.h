@@ -67,7 +67,7 @@ inline int64_t q_bytes(const Problem& problem) {
 }
 /// Why the forward of the problem takes the portable kernel on Hopper; empty where it takes that of
 /// sm90/, which needs rows in memory order besides. forward.cpp
-const char* why_forward_is_portable(const Problem& problem);
+const char* why_forward_is_portable(const Plan& plan);
 /// Likewise the forward of its linear branch: the one rule for workspace, launch and explain().
 const char* why_linear_is_portable(const Plan& plan);
 /// Whether some rows are dense attention whatever the method is.

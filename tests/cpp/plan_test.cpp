@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <utility>
 
 #include "error_text.h"
 #include "sparline/attention.h"
@@ -231,6 +232,18 @@ TEST_F(CudaPlanTest, ExplainsWhichForwardRunsOnHopper) {
   problem.skip.rows = 32;
   EXPECT_CONTAINS(explain(cuda_plan(problem, 90)),
                   "because rows that skip apart by other numbers than 64 have no other");
+  // Lists of key blocks lie in shared memory.
+  const int64_t num_keys = problem.num_keys;
+  for (const auto& [rows, most] : {std::pair{64, 1184}, std::pair{0, 1792}, std::pair{-1, 3392}}) {
+    problem.skip = {};
+    if (rows >= 0) problem.skip = {SkipReference::kKeptLse, -3.0, rows};
+    problem.num_keys = int64_t{most} * problem.block_k;
+    EXPECT_CONTAINS(explain(cuda_plan(problem, 90)), "forward: Hopper's own kernel");
+    problem.num_keys += 1;
+    EXPECT_CONTAINS(explain(cuda_plan(problem, 90)),
+                    "the portable kernel, because its lists have no room for so many key blocks");
+  }
+  problem.num_keys = num_keys;
   problem.skip = {};
   problem.combine = Combine::kSum;
   EXPECT_EQ(explain(cuda_plan(problem, 90)).find("portable"), std::string::npos);

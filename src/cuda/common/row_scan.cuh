@@ -17,7 +17,7 @@ __device__ __forceinline__ bool row_bit(const TileBits& bits, int64_t b, int64_t
 /// One bit for each key block.
 class RowScan {
  public:
-  SPARLINE_HOST_DEVICE static int64_t bytes(int32_t num_blocks) {
+  SPARLINE_HOST_DEVICE static constexpr int64_t bytes(int32_t num_blocks) {
     return (int64_t{num_blocks} + 31) / 32 * 4;
   }
 

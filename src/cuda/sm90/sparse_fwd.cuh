@@ -127,10 +127,11 @@ bool describe(const SparseForward& params, SparseForwardSm90Params& p, int64_t& 
       return false;
     }
   }
-  shared_bytes = static_cast<int64_t>(sizeof(SparseForwardSm90Shared<Traits>)) +
-                 Traits::kLists * RowScan::bytes(f.keys.num_blocks);
-  constexpr int64_t kMostSharedBytes = 227 * 1024;
-  return shared_bytes <= kMostSharedBytes;
+  constexpr auto kSharedBytes = static_cast<int64_t>(sizeof(SparseForwardSm90Shared<Traits>));
+  static_assert(kSharedBytes + Traits::kLists * RowScan::bytes(Traits::kMostKeyBlocks) <=
+                227 * 1024);
+  shared_bytes = kSharedBytes + Traits::kLists * RowScan::bytes(f.keys.num_blocks);
+  return f.keys.num_blocks <= Traits::kMostKeyBlocks;
 }
 
 /// False, and nothing is launched, where describe() says so. No multiprocessors: it is only asked.

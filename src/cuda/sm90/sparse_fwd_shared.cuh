@@ -16,6 +16,7 @@ template <class T_, int kHeadDim_, Tiles kTiles>
 struct SparseForwardSm90Traits {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int32_t kMostKeyBlocks = most_key_blocks(kTiles, kHeadDim);
   static constexpr bool kHasLinear = kTiles == Tiles::kLinear;
   // Whether a skip rule's votes are counted at a barrier of each warpgroup, and values asked for,
   // as in sparse_fwd_skip_apart.cuh; else as in sparse_fwd_skip.cuh.

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstdint>
+
 namespace sparline::cuda {
 
 /// The Hopper forward's kernels differ in what happens to tiles of keys.
@@ -10,5 +12,12 @@ enum class Tiles {
   kSkipped,      // a skip rule decides over each key block; values are loaded of those that stay
   kSkippedApart  // the same, for every 64 rows of a query block by themselves
 };
+
+/// For how many key blocks a kernel's lists have room (sparse_fwd_shared.cuh).
+constexpr int32_t most_key_blocks(Tiles tiles, int head_dim) {
+  if (head_dim == 64) return 32768;
+  if (tiles == Tiles::kSkippedApart) return 1184;
+  return tiles == Tiles::kSkipped ? 1792 : 3392;
+}
 
 }  // namespace sparline::cuda
