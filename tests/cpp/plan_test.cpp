@@ -168,7 +168,9 @@ TEST_F(PlanTest, CompiledBackendsDescribeTheMachine) {
   const auto backends = compiled_backends();
   ASSERT_EQ(backends.size(), has_cuda() ? 2U : 1U);
   EXPECT_TRUE(backends.back().starts_with("cpu: ")) << backends.back();
-  if (has_cuda()) EXPECT_TRUE(backends[0].starts_with("cuda: compiled for sm_")) << backends[0];
+  if (has_cuda()) {
+    EXPECT_TRUE(backends[0].starts_with("cuda: compiled for sm_")) << backends[0];
+  }
 }
 
 // Plans for CUDA need no device.

@@ -179,7 +179,7 @@ __device__ void make_bits(const LinearSumsParams& params, int first_warp, int nu
         const int32_t j = begin + n * 32;
         const bool is_of_scope =
             is_all | (p.scope == LinearScope::kMarginal ? values[n] == 0 : values[n] != 1);
-        is_member[n] = !is_empty & j < query.other_end & is_of_scope;
+        is_member[n] = !is_empty & (j < query.other_end) & is_of_scope;
       }
       if (!is_all && keys.table != nullptr) {
 #pragma unroll
