@@ -53,7 +53,8 @@ Measured by `examples/experiment/experiment.py`, rendered by `examples/experimen
   as achieved, mean over layers.
 - **PSNR, SSIM**: clips from noise, and over held-out clips, against those of dense from the same
   noise. **attention** is the relative L1 error against dense attention on the model's own q, k, v.
-- **ms** is a training step, **GiB** the peak of memory allocated in training.
+- **ms** is a training step, where the run had its GPU to itself, or of 60 steps timed apart;
+  **GiB** the peak of memory allocated in training.
 
 A row, ratio or seed of the experiment's configuration that is in no table has not been run yet.
 """
