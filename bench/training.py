@@ -136,11 +136,10 @@ def main() -> int:
         for name in names:
             rows.append(measure(name, shape, Path(folder), device, args.steps))
             path.write_text(json.dumps({**machine, "rows": rows}, indent=1) + "\n")
-            print(
-                "{method:<30} {ms:9.1f} ± {spread_ms:.1f} ms".format(**rows[-1]),
-                f"{(rows[-1]['peak_bytes'] or 0) / 2**30:.1f} GiB",
-                flush=True,
-            )
+            peak = rows[-1]["peak_bytes"]
+            memory = "" if peak is None else f"  {peak / 2**30:.1f} GiB"
+            words = "{method:<30} {ms:9.1f} ± {spread_ms:.1f} ms".format(**rows[-1])
+            print(words + memory, flush=True)
     return 0
 
 

@@ -170,7 +170,7 @@ def measured() -> str:
         base = next((r["ms"] for r in rows if r["method"] == "torch"), None)
         for row in rows:
             ratio = "" if base is None else f"{base / row['ms']:.2f}"
-            memory = f"{row['peak_bytes'] / GIB:.1f}"
+            memory = f"{row['peak_bytes'] / GIB:.1f}" if row["peak_bytes"] else ""  # of a GPU
             seconds = f"{row['ms'] / 1e3:.2f} ± {row['spread_ms'] / 1e3:.2f}"
             parts.append(f"| {row['method']} | {seconds} | {ratio} | {memory} |\n")
     return "".join(parts)
