@@ -659,6 +659,25 @@ void check_skip_cases(uint64_t first_seed, Case (*make_case)(uint64_t seed)) {
 TEST(HopperSkip, RandomCases) { check_skip_cases(6000, skip_case); }
 TEST(HopperSkipApart, RandomCases) { check_skip_cases(6300, apart_case); }
 
+/// Rows of 21 key blocks, of which a rule skips some; `rows` of a query block decide together.
+Case long_rows_case(uint64_t seed, int64_t num_queries, int64_t head_dim, int block_k,
+                    SkipReference reference, int rows) {
+  Case c = plain_case();
+  c.seed = seed;
+  c.layout = seed % 2 ? Layout::kBNHD : Layout::kBHND;
+  Problem& p = c.problem;
+  p.num_queries = num_queries;
+  p.num_keys = 21 * block_k - 5;
+  p.head_dim = head_dim;
+  p.dtype = seed % 4 < 2 ? DType::kBF16 : DType::kF16;
+  p.block_q = 128;
+  p.block_k = block_k;
+  p.block_map = BlockMap::kNone;
+  p.combine = Combine::kSparse;
+  p.skip = {reference, reference == SkipReference::kRunningMax ? -1.0 : -3.5, rows};
+  return c;
+}
+
 /// Long rows of key blocks, in every order of threads, with counts of what was copied: keys of all
 /// blocks, values of those that stay.
 TEST(HopperSkip, ValuesOfSkippedBlocksAreNotLoaded) {
@@ -668,19 +687,8 @@ TEST(HopperSkip, ValuesOfSkippedBlocksAreNotLoaded) {
       for (const int block_k : {32, 64, 100, 128}) {
         const OnHopper on_hopper(2);
         const OrderByTurns order(++seed);
-        Case c = plain_case();
-        c.seed = seed;
-        c.layout = seed % 2 ? Layout::kBNHD : Layout::kBHND;
-        Problem& p = c.problem;
-        p.num_queries = 128 + 70;
-        p.num_keys = 21 * block_k - 5;
-        p.head_dim = dim;
-        p.dtype = seed % 4 < 2 ? DType::kBF16 : DType::kF16;
-        p.block_q = 128;
-        p.block_k = block_k;
-        p.block_map = BlockMap::kNone;
-        p.combine = Combine::kSparse;
-        p.skip = {reference, reference == SkipReference::kRunningMax ? -1.0 : -3.5, 0};
+        const Case c = long_rows_case(seed, 128 + 70, dim, block_k, reference, 0);
+        const Problem& p = c.problem;
         const int64_t before = cuda::emulator::num_boxes;
         const Outputs got = check_inputs(c, skip_inputs(c));
         const int64_t num_slices = dim / 64;
@@ -709,19 +717,8 @@ TEST(HopperSkipApart, ValuesThatNeitherHalfWantsAreNotLoaded) {
       for (const int block_k : {32, 64, 100, 128}) {
         const OnHopper on_hopper(2);
         const OrderByTurns order(++seed);
-        Case c = plain_case();
-        c.seed = seed;
-        c.layout = seed % 2 ? Layout::kBNHD : Layout::kBHND;
-        Problem& p = c.problem;
-        p.num_queries = 2 * 128 + 40;
-        p.num_keys = 21 * block_k - 5;
-        p.head_dim = dim;
-        p.dtype = seed % 4 < 2 ? DType::kBF16 : DType::kF16;
-        p.block_q = 128;
-        p.block_k = block_k;
-        p.block_map = BlockMap::kNone;
-        p.combine = Combine::kSparse;
-        p.skip = {reference, reference == SkipReference::kRunningMax ? -1.0 : -3.5, 64};
+        const Case c = long_rows_case(seed, 2 * 128 + 40, dim, block_k, reference, 64);
+        const Problem& p = c.problem;
         const int64_t before = cuda::emulator::num_boxes;
         const Outputs got = check_inputs(c, skip_inputs(c));
         const auto stays = [&](int64_t row, int64_t j) {
