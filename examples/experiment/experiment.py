@@ -56,8 +56,6 @@ HERE = Path(__file__).parent
 SHIFT = 2.0
 #: Noise levels at which attention is looked at.
 LEVELS = (0.2, 0.5, 0.8)
-#: Layers on which a density is set, and the halvings of the search.
-TUNED_LAYERS, SEARCHES = 3, 10
 #: Steps of a piece that is timed.
 TIMED_STEPS = 60
 
@@ -482,30 +480,25 @@ class Experiment:
             return statistics.fmean(density.kept_share(make(value), s) for s in samples)
 
         # A higher mass keeps more, and so does VMoBA's share; a higher log-threshold keeps less.
-        falls = row.density_by == "log_threshold"
-        low, high = (-20.0, -1e-3) if falls else (0.0, 1.0)
-        for _ in range(SEARCHES):
-            middle = 0.5 * (low + high)
-            if (kept(middle) > ratio) == falls:
-                low = middle
-            else:
-                high = middle
-        return 0.5 * (low + high)
+        if row.density_by == "log_threshold":
+            return -density.search(lambda x: kept(-x), 1e-3, 20.0, ratio)
+        return density.search(kept, 0.0, 1.0, ratio)
 
     def capture(self, config: train.Config) -> Iterator[Captured]:
-        """q, k and v of a few layers of the dense model on one held-out clip."""
+        """q, k and v of a few layers of the dense model on one held-out clip, each of another
+        noise level."""
         model = setup.load_transformer(config.model).to(self.device).eval()
         sparline.apply(model, sparline.Dense())
         _, held_out = setup.make_sources(config, model, self.device)
-        layers = {n * len(model.blocks) // TUNED_LAYERS for n in range(TUNED_LAYERS)}
+        layers = [n * len(model.blocks) // len(LEVELS) for n in range(len(LEVELS))]
         found: list[Captured] = []
 
         def on_call(layer: int, call: router.Call) -> None:
-            if layer in layers:
+            if layer == wanted:
                 found.append(Captured(call.q, call.k, call.v, self.grid, layer))
 
         with torch.no_grad(), router.tapped(model, on_call):
-            for level in LEVELS:
+            for wanted, level in zip(layers, LEVELS, strict=True):
                 noised = held_out_at(held_out, level, self.device)
                 objective.predict(model, noised, config.training.mixed_precision)
         yield from found

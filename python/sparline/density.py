@@ -117,7 +117,7 @@ def _tune_mass(name: str, sample: Sample, target: float) -> Tuned:
     def make(keep_mass: float) -> Method:
         return sparline.method(name, keep_mass=keep_mass, **fixed)
 
-    keep_mass = _search(lambda x: kept_share(make(x), sample), 0.0, 1.0, target)
+    keep_mass = search(lambda x: kept_share(make(x), sample), 0.0, 1.0, target)
     options = {**fixed, "keep_mass": keep_mass}
     setting = " ".join(f"{key}={value:.3g}" for key, value in options.items())
     return _tuned(make(keep_mass), sample, setting)
@@ -137,7 +137,7 @@ def _tune_threshold(method: VMoBA, sample: Sample, target: float) -> Tuned:
     def make(threshold: float) -> Method:
         return dataclasses.replace(method, threshold=threshold)
 
-    threshold = _search(lambda x: kept_share(make(x), sample), 0.0, 1.0, target)
+    threshold = search(lambda x: kept_share(make(x), sample), 0.0, 1.0, target)
     setting = f"threshold={threshold:.3g} partition={method.partition}"
     return _tuned(make(threshold), sample, setting)
 
@@ -150,15 +150,15 @@ def _tune_in_loop(name: str, sample: Sample, target: float) -> Tuned:
         shares = skipped_shares(make(log_threshold), sample, SKIP_TILES)
         return 1.0 - sum(shares) / len(shares)
 
-    threshold = -_search(lambda x: kept(-x), 1e-3, 12.0, target)  # lower keeps more
+    threshold = -search(lambda x: kept(-x), 1e-3, 12.0, target)  # lower keeps more
     shares = skipped_shares(make(threshold), sample)
     density = 1.0 - sum(shares) / len(shares)
     return _tuned(make(threshold), sample, f"log_threshold={threshold:.3g}", density)
 
 
-def _search(share: Callable[[float], float], low: float, high: float, target: float) -> float:
-    """Where ``share``, which rises to 1 at ``high``, comes nearest to ``target``: the chord and the
-    middle in turn, until it is within a hundredth."""
+def search(share: Callable[[float], float], low: float, high: float, target: float) -> float:
+    """Where a share of scores, which rises to 1 at ``high``, comes nearest to ``target``: the chord
+    and the middle in turn, until it is within a hundredth."""
     tried = {low: share(low), high: 1.0}
     for turn in range(SEARCHES):
         if not tried[low] < target < tried[high]:
