@@ -490,15 +490,15 @@ class Experiment:
         model = setup.load_transformer(config.model).to(self.device).eval()
         sparline.apply(model, sparline.Dense())
         _, held_out = setup.make_sources(config, model, self.device)
-        layers = [n * len(model.blocks) // len(LEVELS) for n in range(len(LEVELS))]
+        layers = {x: n * len(model.blocks) // len(LEVELS) for n, x in enumerate(LEVELS)}
         found: list[Captured] = []
 
         def on_call(layer: int, call: router.Call) -> None:
-            if layer == wanted:
+            if layer == layers[level]:
                 found.append(Captured(call.q, call.k, call.v, self.grid, layer))
 
         with torch.no_grad(), router.tapped(model, on_call):
-            for wanted, level in zip(layers, LEVELS, strict=True):
+            for level in LEVELS:
                 noised = held_out_at(held_out, level, self.device)
                 objective.predict(model, noised, config.training.mixed_precision)
         yield from found
