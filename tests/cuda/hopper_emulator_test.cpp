@@ -310,6 +310,126 @@ TEST(HopperWords, WarpsCountTogether) {
   }
 }
 
+// What a cluster does ----------------------------------------------------------------------------
+
+enum class InCluster {
+  kNoMistake,
+  kNoSyncFirst,
+  kNoSyncLast,
+  kNoEmptyWait,
+  kLocalRelease,
+  kEarlyRelease,
+  kMoreBytes,
+  kSuchCluster,
+};
+
+/// out[block] = the sum of the words of all tiles, 16 rows of 128 columns. Warp 0 of each of the
+/// two blocks of a cluster copies half of the columns to both, warp 1 adds up.
+__global__ void cluster_kernel(InCluster mistake, const __grid_constant__ CUtensorMap map,
+                               int num_tiles, uint32_t* out) {
+  SPARLINE_DYNAMIC_SHARED_ALIGNED(shared, 1024);
+  constexpr int kSlots = 2, kHalf = 16 * 128;
+  auto* const full = reinterpret_cast<Barrier*>(shared + kSlots * 2 * kHalf);
+  Barrier* const empty = full + kSlots;
+  const int rank = static_cast<int>(blockIdx.x % 2), lane = lane_index();
+  if (threadIdx.x == 0) {
+    for (int n = 0; n < kSlots; ++n) {
+      init(full[n], 1);
+      init(empty[n], 2);
+    }
+    fence_barrier_init();
+  }
+  mistake == InCluster::kNoSyncFirst ? __syncthreads() : sync_cluster();
+  uint32_t sum = 0;
+  for (int tile = 0; tile < num_tiles; ++tile) {
+    const int slot = tile % kSlots;
+    const uint32_t parity = tile / kSlots & 1;
+    unsigned char* const at = shared + slot * 2 * kHalf;
+    if (warp_index() == 0) {
+      if (mistake != InCluster::kNoEmptyWait) wait(empty[slot], parity ^ 1);
+      if (elect_one()) {
+        const uint32_t bytes = (mistake == InCluster::kMoreBytes ? 3 : 2) * kHalf;
+        arrive_expecting(full[slot], bytes);
+        load_box<2>(at + rank * kHalf, map, full[slot], rank * 64, tile * 16, 0, 0);
+      }
+      __syncwarp();
+    } else {
+      const auto release = [&] {
+        __syncwarp();
+        if (mistake == InCluster::kLocalRelease) {
+          if (lane == 0) arrive(empty[slot]);
+        } else if (lane < 2) {
+          arrive_at(empty[slot], static_cast<uint32_t>(lane));
+        }
+      };
+      wait(full[slot], parity);
+      if (mistake == InCluster::kEarlyRelease) {
+        release();
+        count_of(out);  // lets others go on
+      }
+      for (int n = lane; n < 2 * kHalf / 4; n += 32) sum += reinterpret_cast<uint32_t*>(at)[n];
+      if (mistake != InCluster::kEarlyRelease) release();
+    }
+  }
+  atomicAdd(out + blockIdx.x, sum);
+  if (mistake != InCluster::kNoSyncLast) sync_cluster();
+}
+
+/// Whether all blocks have the right sum.
+bool adds_up_in_clusters(InCluster mistake, Order order, uint64_t seed = 5) {
+  constexpr int kTiles = 6, kBlocksOfAll = 6;  // more than have room beside each other
+  const auto x = random_values<bf16>(kTiles * 16 * 128, 6);
+  const CUtensorMap map = map_of(x, kTiles * 16, 128, 16);
+  uint32_t want = 0;
+  for (size_t n = 0; n < x.size(); n += 2) {
+    uint32_t word = 0;
+    std::memcpy(&word, x.data() + n, 4);
+    want += word;
+  }
+  std::vector<uint32_t> out(kBlocksOfAll, 0);
+  emulator::set_order(order, seed);
+  launch(cluster_kernel,
+         {.blocks = kBlocksOfAll,
+          .threads = 64,
+          .shared_bytes = 2 * 2 * 16 * 128 + 4 * 8,
+          .cluster_blocks = mistake == InCluster::kSuchCluster ? 1 : 2},
+         nullptr, mistake, map, kTiles, out.data());
+  emulator::set_order(Order::kForward);
+  return out == std::vector<uint32_t>(kBlocksOfAll, want);
+}
+
+TEST(HopperClusters, CopyForAllBlocks) {
+  const int64_t before = emulator::num_shared_boxes;
+  for (const Order order : {Order::kForward, Order::kReverse}) {
+    EXPECT_TRUE(adds_up_in_clusters(InCluster::kNoMistake, order));
+  }
+  for (uint64_t seed = 0; seed < 20; ++seed) {
+    EXPECT_TRUE(adds_up_in_clusters(InCluster::kNoMistake, Order::kRandom, seed));
+  }
+  EXPECT_EQ(emulator::num_shared_boxes - before, 22 * 6 * 6);
+}
+TEST(HopperClustersDeathTest, Mistakes) {
+  for (const Order order : {Order::kForward, Order::kReverse, Order::kRandom}) {
+    const auto expect_death = [&](InCluster mistake, const char* message) {
+      EXPECT_DEATH(adds_up_in_clusters(mistake, order), message)
+          << "mistake " << static_cast<int>(mistake) << ", order " << static_cast<int>(order);
+    };
+    expect_death(InCluster::kNoSyncFirst, "no sync_cluster since the mbarrier");
+    expect_death(InCluster::kNoSyncLast, "the block of rank . in the cluster has ended");
+    expect_death(InCluster::kNoEmptyWait, "arrive: the mbarrier at byte .* expects no more");
+    expect_death(InCluster::kLocalRelease, "deadlock(.*\n)*.* lacks 1 of 2 arrivals");
+    expect_death(InCluster::kMoreBytes, "deadlock(.*\n)*.* lacks 0 of 1 arrivals and 2048 bytes");
+    expect_death(InCluster::kSuchCluster, "a copy for 2 blocks of a cluster of 1");
+  }
+}
+TEST(HopperClusters, EarlyReleaseGivesWrongSums) {
+  bool is_seen = false;
+  for (uint64_t seed = 0; seed < 20; ++seed) {
+    is_seen |= !adds_up_in_clusters(InCluster::kEarlyRelease, Order::kRandom, seed);
+  }
+  EXPECT_TRUE(is_seen);
+}
+
 // What goes wrong --------------------------------------------------------------------------------
 
 enum class Mistake {
