@@ -76,7 +76,11 @@ bool sparse_forward_sm90(const SparseForward& params, void* stream) {
   if (!serves(params)) return false;
   const int num_multiprocessors = current_device().num_multiprocessors;
   if (is_apart(params)) return serve<Tiles::kSkippedApart>(params, num_multiprocessors, stream);
-  if (has_skip(params)) return serve<Tiles::kSkipped>(params, num_multiprocessors, stream);
+  if (has_skip(params)) {
+    return (params.block_k <= 64 &&
+            serve<Tiles::kSkippedRuns>(params, num_multiprocessors, stream)) ||
+           serve<Tiles::kSkipped>(params, num_multiprocessors, stream);
+  }
   return params.linear.is_on ? serve<Tiles::kLinear>(params, num_multiprocessors, stream)
                              : serve<Tiles::kPlain>(params, num_multiprocessors, stream);
 }

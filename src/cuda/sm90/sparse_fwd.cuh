@@ -3,9 +3,10 @@
 // The sparse branch, forward, on Hopper (sm_90a). Over the critical key blocks j of query block i
 //     S = scale q_i k_j^T,  o_s = softmax(S) v,  lse = ln sum exp S
 // the same function as sm80/sparse_fwd.cuh without a policy, or with a skip rule (kHasSkip,
-// sparse_fwd_skip.cuh, or sparse_fwd_skip_apart.cuh for 64 rows that decide by themselves); and,
-// where the sums of the linear branch are there already, its combination with that, as
-// sm80/linear_fwd.cu has it (kHasLinear):
+// sparse_fwd_skip_runs.cuh, sparse_fwd_skip.cuh for key blocks of more than 64 keys, or
+// sparse_fwd_skip_apart.cuh for 64 rows that decide by themselves); and, where the sums of the
+// linear branch are there already, its combination with that, as sm80/linear_fwd.cu has it
+// (kHasLinear):
 //     o = a o_s + c phi(q) H_i / (phi(q) . Z_i)
 //
 //   Tiles     128 queries x 128 keys: two runs of up to 64 keys, wherever they lie, or one
@@ -32,12 +33,33 @@
 
 #include "cuda/common/row_scan.cuh"
 #include "cuda/sm90/sparse_fwd_load.cuh"
+#include "cuda/sm90/sparse_fwd_load_runs.cuh"
 #include "cuda/sm90/sparse_fwd_multiply.cuh"
 #include "cuda/sm90/sparse_fwd_skip.cuh"
 #include "cuda/sm90/sparse_fwd_skip_apart.cuh"
+#include "cuda/sm90/sparse_fwd_skip_runs.cuh"
 #include "cuda/sm90/tensor_map.h"
 
 namespace sparline::cuda {
+
+/// How many warps give a slot back. Where tiles are runs, keys are the warp's as well that decides
+/// upon them for the values.
+template <class Traits>
+__device__ constexpr uint32_t num_readers(int slot) {
+  if constexpr (Traits::kHasRuns) {
+    if (slot < Traits::kKeySlots) return Traits::kMultiplyWarps + 1;
+  }
+  return Traits::kMultiplyWarps;
+}
+
+template <class Traits>
+using SparseForwardSm90Keys =
+    std::conditional_t<Traits::kHasRuns, SparseForwardSm90RunLoader<Traits, false>,
+                       SparseForwardSm90Loader<Traits, false>>;
+template <class Traits>
+using SparseForwardSm90Values =
+    std::conditional_t<Traits::kHasRuns, SparseForwardSm90RunLoader<Traits, true>,
+                       SparseForwardSm90Loader<Traits, true>>;
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
@@ -52,14 +74,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int n = 0; n < Traits::kSlots; ++n) {
       init(shared.full[n], 1);
-      init(shared.empty[n], Traits::kMultiplyWarps);
+      init(shared.empty[n], num_readers<Traits>(n));
     }
     init(shared.q_full, 1);
     init(shared.q_empty, Traits::kMultiplyWarps);
     for (int n = 0; n < 2; ++n) {
       init(shared.list_full[n], 1);
       init(shared.list_empty[n], 2);
-      if constexpr (Traits::kHasSkip && !Traits::kIsApart) {
+      if constexpr (Traits::kHasVotes) {
         init(shared.votes.cast[n], Traits::kMultiplyWarps);
       }
     }
@@ -72,14 +94,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
          w += Traits::kThreads) {
       shared.lists[2 * num_words + w] = 0;
     }
+  } else if constexpr (Traits::kHasRuns) {
+    if (threadIdx.x < sizeof(shared.votes.words) / 4) shared.votes.words[0][threadIdx.x] = 0;
   }
   __syncthreads();
   if (warp_index() < 4) {
     give_back_registers<Traits::kLoadRegisters>();
     if (warp_index() == 0) {
-      SparseForwardSm90Loader<Traits, false>(params, shared).run();
+      SparseForwardSm90Keys<Traits>(params, shared).run();
     } else if (warp_index() == 1) {
-      SparseForwardSm90Loader<Traits, true>(params, shared).run();
+      SparseForwardSm90Values<Traits>(params, shared).run();
     } else if (warp_index() == 2) {
       look_up(params, shared);
     }
@@ -87,6 +111,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     take_registers<Traits::kMultiplyRegisters>();
     if constexpr (Traits::kIsApart) {
       SparseForwardSm90SkipApartRows<Traits>(params, shared).run();
+    } else if constexpr (Traits::kHasRuns) {
+      SparseForwardSm90SkipRuns<Traits>(params, shared).run();
     } else if constexpr (Traits::kHasSkip) {
       SparseForwardSm90SkipRows<Traits>(params, shared).run();
     } else {

@@ -101,6 +101,7 @@ __device__ void look_up(const SparseForwardSm90Params& params,
         to.z = head * p.frame.queries.num_blocks + at.i;
         if (at.block.rows < Traits::kHeadDim) to.ragged = at.block.sequence;
       } else if (Traits::kHasSkip) {
+        if constexpr (Traits::kHasRuns) shared.votes.num_passes[place.slot] = 0;
         to.z = row_of_votes(p, at);
         to.ragged = at.block.is_protected != 0 ? -1 : 0;
       }

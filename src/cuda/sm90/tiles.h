@@ -10,6 +10,7 @@ enum class Tiles {
   kPlain,
   kLinear,       // the last one of a query block is that of the linear branch
   kSkipped,      // a skip rule decides over each key block; values are loaded of those that stay
+  kSkippedRuns,  // the same, for key blocks of at most 64 keys
   kSkippedApart  // the same, for every 64 rows of a query block by themselves
 };
 
@@ -17,6 +18,7 @@ enum class Tiles {
 constexpr int32_t most_key_blocks(Tiles tiles, int head_dim) {
   if (head_dim == 64) return 32768;
   if (tiles == Tiles::kSkippedApart) return 1184;
+  if (tiles == Tiles::kSkippedRuns) return 1280;
   return tiles == Tiles::kSkipped ? 1792 : 3392;
 }
 

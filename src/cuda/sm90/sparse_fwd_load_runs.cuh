@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The Hopper forward, warpgroup 0, with a skip rule and key blocks of at most 64 keys
+// (sparse_fwd_skip_runs.cuh): a ring of keys of all blocks, and one of values of those that stay.
+#pragma once
+
+#include "cuda/sm90/sparse_fwd_load.cuh"
+
+namespace sparline::cuda {
+
+/// One warp loads queries and keys, another one values (kIsValues). All lanes follow the loops, so
+/// that the compiler sees that what the copy engine is told is the same for all; one of them tells
+/// it.
+template <class Traits, bool kIsValues>
+class SparseForwardSm90RunLoader {
+ public:
+  __device__ SparseForwardSm90RunLoader(const SparseForwardSm90Params& params,
+                                        SparseForwardSm90Shared<Traits>& shared)
+      : params_(params), shared_(shared) {}
+
+  __device__ void run() {
+    RingCursor<2> list;
+    uint32_t q_parity = 0;
+    while (true) {
+      wait(shared_.list_full[list.slot], list.parity);
+      const int32_t place = shared_.list_block[list.slot];
+      if (place < 0) break;
+      const BlockPlace& at = shared_.places[place];
+      KeyRuns runs(params_.forward.frame.keys, shared_.lists + list.slot * num_list_words());
+      if constexpr (kIsValues) begin_record();
+      int32_t block = place;
+      KeyRun run = runs.template next<kRunK>();
+      // A block without critical keys gets a run without keys: zeros from past the end.
+      do {
+        if constexpr (kIsValues) {
+          load_values(run, at);
+        } else {
+          load_keys(run, at, block);
+          // After the first keys, which tell those who multiply of the block: the place of the
+          // queries may be free only then.
+          if (block >= 0) {
+            wait(shared_.q_empty, q_parity ^ 1);
+            q_parity ^= 1;
+            if (elect_one()) load_queries(at);
+            __syncwarp();
+          }
+          block = -1;
+        }
+        run = runs.template next<kRunK>();
+      } while (run.num_keys > 0);
+      if constexpr (kIsValues) {
+        __syncwarp();
+        store_kept_bits(params_.forward, at.z, 0, kept_words());
+      }
+      __syncwarp();
+      if (elect_one()) arrive(shared_.list_empty[list.slot]);
+      list.advance();
+    }
+    if constexpr (!kIsValues) {
+      wait(shared_.empty[keys_.slot], keys_.parity ^ 1);
+      if (elect_one()) {
+        shared_.infos[keys_.slot] = {TileInfo::kEnd, -1};
+        arrive(shared_.full[keys_.slot]);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kRunK = Traits::kRunK, kHeadDim = Traits::kHeadDim;
+  static constexpr uint32_t kRunBytes = kRunK * kHeadDim * 2;
+
+  __device__ void load_queries(const BlockPlace& at) {
+    arrive_expecting(shared_.q_full, Traits::kTileQ * kHeadDim * 2);
+#pragma unroll
+    for (int slice = 0; slice < Traits::kSlices; ++slice) {
+      load_box(reinterpret_cast<unsigned char*>(shared_.q) + slice * Traits::kSliceBytesQ,
+               params_.q, shared_.q_full, slice * 64, at.begin, at.h, at.b);
+    }
+  }
+  /// Nobody is asked about such a run.
+  __device__ static bool is_sure(const KeyRun& run, const BlockPlace& at) {
+    return at.ragged < 0 || run.is_protected || run.num_keys == 0;
+  }
+
+  __device__ __forceinline__ void load_keys(const KeyRun& run, const BlockPlace& at,
+                                            int32_t block) {
+    wait(shared_.empty[keys_.slot], keys_.parity ^ 1);
+    if (elect_one()) {
+      const auto num_keys = static_cast<uint32_t>(run.num_keys);
+      shared_.infos[keys_.slot] = {num_keys | (is_sure(run, at) ? TileInfo::kIsKept : 0), block};
+      arrive_expecting(shared_.full[keys_.slot], kRunBytes);
+#pragma unroll
+      for (int slice = 0; slice < Traits::kSlices; ++slice) {
+        load_box(place(keys_.slot, slice), params_.k, shared_.full[keys_.slot], slice * 64,
+                 run.first_key, at.h_kv, at.b);
+      }
+    }
+    __syncwarp();
+    keys_.advance();
+  }
+
+  /// Values of a run, as soon as one warp wants it; what is left to do after that. The place of its
+  /// keys is free only then: no vote is cast while one kTurns before it may still be looked at.
+  __device__ __forceinline__ void load_values(const KeyRun& run, const BlockPlace& at) {
+    const int slot = Traits::kKeySlots + values_.slot;
+    wait(shared_.empty[slot], values_.parity ^ 1);
+    const bool is_kept = is_sure(run, at) || any_wants(shared_.votes, turn_);
+    if (is_kept) {
+      if (elect_one()) {
+        arrive_expecting(shared_.full[slot], kRunBytes);
+#pragma unroll
+        for (int slice = 0; slice < Traits::kSlices; ++slice) {
+          // Values end with their block: what comes after it may be infinite or NaN, which P = 0
+          // would not take away.
+          if (run.num_keys < kRunK) {
+            load_cut_box(place(slot, slice), params_.cut_v, shared_.full[slot], slice * 64,
+                         run.first_key, run.num_keys, kRunK, at.h_kv, at.b);
+          } else {
+            load_box(place(slot, slice), params_.v, shared_.full[slot], slice * 64, run.first_key,
+                     at.h_kv, at.b);
+          }
+        }
+      }
+      __syncwarp();
+      values_.advance();
+      if (run.num_keys > 0 && lane_index() == 0) {
+        kept_words()[run.block / 32] |= 1u << run.block % 32;
+      }
+    }
+    if (elect_one()) arrive(shared_.empty[keys_.slot]);
+    __syncwarp();
+    keys_.advance();
+    ++turn_;
+  }
+
+  /// What the rule does to a query block: bits of key blocks behind the lists.
+  __device__ uint32_t* kept_words() const { return shared_.lists + 2 * num_list_words(); }
+  __device__ int num_list_words() const {
+    return (params_.forward.frame.keys.num_blocks + 31) / 32;
+  }
+  __device__ __forceinline__ void begin_record() {
+    for (int w = lane_index(); w < num_list_words(); w += kWarpSize) kept_words()[w] = 0;
+    __syncwarp();
+  }
+  __device__ __forceinline__ unsigned char* place(int slot, int slice) {
+    return reinterpret_cast<unsigned char*>(shared_.slots[slot]) + slice * Traits::kSliceBytesK;
+  }
+
+  const SparseForwardSm90Params& params_;
+  SparseForwardSm90Shared<Traits>& shared_;
+  RingCursor<Traits::kKeySlots> keys_, values_;
+  uint32_t turn_ = 1;  // the number of the next run
+};
+
+}  // namespace sparline::cuda
