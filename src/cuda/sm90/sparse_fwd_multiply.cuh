@@ -449,6 +449,19 @@ class SparseForwardSm90Rows {
   __device__ __forceinline__ void load_queries(int32_t block) {
     wait(shared_.q_full, q_parity_);
     q_parity_ ^= 1;
+    read_queries();
+    release_queries();
+    if (p_.k_mean != nullptr) find_lse_shift(block);
+  }
+  /// The same, but the queries stay in shared memory until release_queries().
+  __device__ __forceinline__ void wait_for_queries(int32_t block) {
+    wait(shared_.q_full, q_parity_);
+    q_parity_ ^= 1;
+    if (p_.k_mean == nullptr) return;
+    read_queries();
+    find_lse_shift(block);
+  }
+  __device__ __forceinline__ void read_queries() {
     const int row = warp_row_ + lane_ % 16;
     const SharedAddress first = shared_address(shared_.q) + row * 128;
 #pragma unroll
@@ -459,9 +472,10 @@ class SparseForwardSm90Rows {
 #pragma unroll
       for (int n = 0; n < 4; ++n) q_[d * 4 + n] = a[n];
     }
+  }
+  __device__ __forceinline__ void release_queries() {
     __syncwarp();
     if (lane_ == 0) arrive(shared_.q_empty);
-    if (p_.k_mean != nullptr) find_lse_shift(block);
   }
   struct Pair {
     T low, high;

@@ -21,7 +21,6 @@ template <class Traits>
 class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
   using Rows = SparseForwardSm90Rows<Traits>;
   using Rows::block_;
-  using Rows::k_;
   using Rows::kHeadDim;
   using Rows::kRunK;
   using Rows::lane_;
@@ -43,7 +42,11 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
  public:
   __device__ SparseForwardSm90SkipRuns(const SparseForwardSm90Params& params,
                                        SparseForwardSm90Shared<Traits>& shared)
-      : Rows(params, shared), threshold_log2_(params.threshold_log2) {}
+      : Rows(params, shared),
+        threshold_log2_(params.threshold_log2),
+        queries_(matrix_descriptor(
+            shared_address(shared.q) + __shfl_sync(kAllLanes, warp_index() / 4 - 1, 0) * 64 * 128,
+            0)) {}
 
   __device__ __forceinline__ void run() {
     Run even, odd;
@@ -79,15 +82,14 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
 
   /// The queries, and S of the first run.
   __device__ __forceinline__ void begin_block(Scores& s) {
-    this->load_queries(next_.block);
+    this->wait_for_queries(next_.block);
     this->reset(next_.block);
     this->is_first_ = true;
     late_lanes_ = 0;
     num_passes_ = 0;
     num_rows_ =
         static_cast<uint32_t>(min(max(shared_.places[block_].rows - this->warp_row_, 0), 16));
-    k_.slot = keys_.slot;
-    this->template start_scores<kRunK>(s);
+    start_scores(s, keys_.slot);
     wgmma_wait<0>();
     this->release(keys_.slot);
     num_keys_ = next_.num_keys;
@@ -96,6 +98,7 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
   }
   /// The last decision, P v of the last two runs, and the results.
   __device__ __forceinline__ void end_block(Run& last, Run& other) {
+    this->release_queries();
     last.is_kept() ? step<true, false>(last, other) : step<false, false>(last, other);
     if (other.is_kept()) add_values(other);
     rescale_late();
@@ -109,6 +112,19 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
     p_.row_votes[shared_.places[block_].z] = static_cast<float>(others % kOne + num_passes_);
   }
 
+  /// Starts S = q k^T of a run, with the queries in shared memory: products of 64 columns whose A
+  /// comes out of registers take as long as those of 128.
+  __device__ __forceinline__ void start_scores(Scores& s, int slot) {
+    const uint32_t b = matrix_descriptor(shared_address(shared_.slots[slot]), 0);
+    wgmma_fence();
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 16; ++d) {
+      wgmma_shared<typename Traits::T, kRunK, false, false>(
+          s, queries_ + ((d / 4 * Traits::kSliceBytesQ + d % 4 * 32) >> 4),
+          b + ((d / 4 * Traits::kSliceBytesK + d % 4 * 32) >> 4), d > 0);
+    }
+    wgmma_commit();
+  }
   /// Starts o += P v of a run that stays, once its values are there.
   __device__ __forceinline__ void start_values(const Run& run) {
     const int slot = Traits::kKeySlots + values_.slot;
@@ -139,8 +155,7 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
   __device__ __forceinline__ void step(Run& run, Run& next) {
     const int k_slot = keys_.slot;
     if constexpr (kHasNext) {
-      k_.slot = k_slot;
-      this->template start_scores<kRunK>(next.s);
+      start_scores(next.s, k_slot);
     }
     float limit[2], top[2];
     find_limits(limit);
@@ -228,6 +243,7 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
   }
 
   const float& threshold_log2_;
+  const uint32_t queries_;  // of the warpgroup's rows, a descriptor
   RingCursor<Traits::kKeySlots> keys_, values_;  // of the next run
   TileInfo next_;
   uint32_t num_keys_;        // TileInfo's, of the run whose scores are there
