@@ -236,7 +236,7 @@ TEST_F(CudaPlanTest, ExplainsWhichForwardRunsOnHopper) {
                   "because rows that skip apart by other numbers than 64 have no other");
   // Lists of key blocks lie in shared memory.
   const int64_t num_keys = problem.num_keys;
-  for (const auto& [rows, most] : {std::pair{64, 1184}, std::pair{0, 1792}, std::pair{-1, 3392}}) {
+  for (const auto& [rows, most] : {std::pair{64, 1184}, std::pair{0, 2048}, std::pair{-1, 3392}}) {
     problem.skip = {};
     if (rows >= 0) problem.skip = {SkipReference::kKeptLse, -3.0, rows};
     problem.num_keys = int64_t{most} * problem.block_k;

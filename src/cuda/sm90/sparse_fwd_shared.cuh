@@ -38,7 +38,7 @@ struct SparseForwardSm90Traits {
   static constexpr bool kTakesTurns = kHeadDim == 64 && !kHasRuns;
   static constexpr int kThreads = 384, kMultiplyWarps = 8;
   // Lists are two blocks ahead of the loads, and these half as many as there are slots.
-  static constexpr int kPlaces = kHasRuns && kHeadDim == 128 ? 12 : 15;
+  static constexpr int kPlaces = (kHasRuns || kHasVotes) && kHeadDim == 128 ? 12 : 15;
   static_assert(kPlaces > kSlots / 2 + 4 && kPlaces % 3 == 0);
   // Bits of key blocks: two of critical ones; with a skip rule, of those that stay.
   static constexpr int kLists = kIsApart ? 4 : (kHasSkip ? 3 : 2);

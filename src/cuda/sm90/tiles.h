@@ -19,7 +19,7 @@ constexpr int32_t most_key_blocks(Tiles tiles, int head_dim) {
   if (head_dim == 64) return 32768;
   if (tiles == Tiles::kSkippedApart) return 1184;
   if (tiles == Tiles::kSkippedRuns) return 1280;
-  return tiles == Tiles::kSkipped ? 1792 : 3392;
+  return tiles == Tiles::kSkipped ? 2048 : 3392;
 }
 
 }  // namespace sparline::cuda
