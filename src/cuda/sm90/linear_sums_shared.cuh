@@ -68,7 +68,7 @@ struct LinearSumsParams {
   float* empty_rows = nullptr;      // (heads, tiles_m kTileM): NaN where E_i is empty, else 0
   uint32_t* bits_made = nullptr;    // warps that have made their rows of bits
   uint32_t* chunk_ready = nullptr;  // (pairs, chunks): states that are there
-  uint32_t* pair_done = nullptr;    // (pairs): tiles of the product, once by each warpgroup
+  uint32_t* pair_done = nullptr;    // (pairs): turns, once by each warpgroup of each CTA
   int32_t num_units = 0;            // states
   int32_t num_turns = 0;            // of the product: kCtas tiles that have the same states
   int32_t turns_m = 0;              // for all tiles_m

@@ -2,14 +2,15 @@
 //
 // The sparse branch, forward, on Hopper (sm_90a). Over the critical key blocks j of query block i
 //     S = scale q_i k_j^T,  o_s = softmax(S) v,  lse = ln sum exp S
-// the same function as sm80/sparse_fwd.cuh without a policy, or with a skip rule (kHasSkip,
-// sparse_fwd_skip_runs.cuh, sparse_fwd_skip.cuh for key blocks of more than 64 keys, or
+// the same function as sm80/sparse_fwd.cuh without a policy, or with a skip rule (kHasSkip:
+// sparse_fwd_skip_runs.cuh, sparse_fwd_skip.cuh where key blocks are larger or too many for that,
 // sparse_fwd_skip_apart.cuh for 64 rows that decide by themselves); and, where the sums of the
 // linear branch are there already, its combination with that, as sm80/linear_fwd.cu has it
 // (kHasLinear):
 //     o = a o_s + c phi(q) H_i / (phi(q) . Z_i)
 //
-//   Tiles     128 queries x 128 keys: two runs of up to 64 keys, wherever they lie, or one
+//   Tiles     128 queries x 128 keys: two runs of up to 64 keys, wherever they lie, or one; with
+//             kHasRuns 128 x 64, and what follows is different: sparse_fwd_skip_runs.cuh
 //   Roles     warpgroup 0 loads (sparse_fwd_load.cuh), 1 and 2 multiply, 64 rows each
 //             (sparse_fwd_multiply.cuh). One CTA for each multiprocessor takes query blocks as it
 //             is done with others, head by head, so that the keys of a head stay in L2
@@ -19,8 +20,8 @@
 //
 // All query blocks of a CTA are one stream of tiles: while P v of a tile is under way, S of the
 // next one is already there and goes through the softmax, also where the next tile is that of
-// another query block. Queries wait in registers, as the A operand, so that the next ones can be
-// loaded as soon as a block begins.
+// another query block (not under a skip rule). Queries wait in registers, as the A operand, so that
+// the next ones can be loaded as soon as a block begins.
 //
 // The linear branch is one more tile of each block: H_i is its values, and phi(q), made from the
 // queries in registers, its P. Z_i comes where its keys would. H_i lies in the rows of o that the
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (int n = 0; n < 2; ++n) {
       init(shared.list_full[n], 1);
       init(shared.list_empty[n], 2);
-      if constexpr (Traits::kHasVotes) {
+      if constexpr (Traits::kVotesInRounds) {
         init(shared.votes.cast[n], Traits::kMultiplyWarps);
       }
     }
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       shared.lists[2 * num_words + w] = 0;
     }
   } else if constexpr (Traits::kHasRuns) {
-    if (threadIdx.x < sizeof(shared.votes.words) / 4) shared.votes.words[0][threadIdx.x] = 0;
+    if (threadIdx.x == 0) shared.votes.init_all();
   }
   __syncthreads();
   if (warp_index() < 4) {

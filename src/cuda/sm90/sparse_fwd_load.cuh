@@ -381,6 +381,7 @@ class SparseForwardSm90Loader {
                                               const BlockPlace& at) {
     wait(shared_.empty[ring_.slot], ring_.parity ^ 1);
     bool is_first_open = true, is_second_open = true;
+    [[maybe_unused]] int num_polls = 0;
     do {
       uint32_t word = 0;
       bool is_known = false;
@@ -400,6 +401,9 @@ class SparseForwardSm90Loader {
         answer(shared_.votes.second_full[ring_.slot], wants_second, second, kRunK * 128, at);
         is_second_open = false;
       }
+#ifdef SPARLINE_WATCHDOG
+      if (++num_polls > SPARLINE_WATCHDOG) __trap();
+#endif
     } while (is_first_open || is_second_open);
     advance();
   }

@@ -20,7 +20,6 @@ class SparseForwardSm90RunLoader {
 
   __device__ void run() {
     RingCursor<2> list;
-    uint32_t q_parity = 0;
     while (true) {
       wait(shared_.list_full[list.slot], list.parity);
       const int32_t place = shared_.list_block[list.slot];
@@ -28,26 +27,22 @@ class SparseForwardSm90RunLoader {
       const BlockPlace& at = shared_.places[place];
       KeyRuns runs(params_.forward.frame.keys, shared_.lists + list.slot * num_list_words());
       if constexpr (kIsValues) begin_record();
-      int32_t block = place;
+      // The first keys tell those who multiply that the block before has ended: its queries keep
+      // their place until then. So these come after as many keys as there is room for then.
+      constexpr int kBeforeQueries = Traits::kKeySlots - 1;
+      int num_runs = 0;
       KeyRun run = runs.template next<kRunK>();
       // A block without critical keys gets a run without keys: zeros from past the end.
       do {
         if constexpr (kIsValues) {
           load_values(run, at);
         } else {
-          load_keys(run, at, block);
-          // After the first keys, which tell those who multiply of the block: the place of the
-          // queries may be free only then.
-          if (block >= 0) {
-            wait(shared_.q_empty, q_parity ^ 1);
-            q_parity ^= 1;
-            if (elect_one()) load_queries(at);
-            __syncwarp();
-          }
-          block = -1;
+          load_keys(run, at, num_runs == 0 ? place : -1);
+          if (++num_runs == kBeforeQueries) wait_and_load_queries(at);
         }
         run = runs.template next<kRunK>();
       } while (run.num_keys > 0);
+      if (!kIsValues && num_runs < kBeforeQueries) wait_and_load_queries(at);
       if constexpr (kIsValues) {
         __syncwarp();
         store_kept_bits(params_.forward, at.z, 0, kept_words());
@@ -69,13 +64,18 @@ class SparseForwardSm90RunLoader {
   static constexpr int kRunK = Traits::kRunK, kHeadDim = Traits::kHeadDim;
   static constexpr uint32_t kRunBytes = kRunK * kHeadDim * 2;
 
-  __device__ void load_queries(const BlockPlace& at) {
-    arrive_expecting(shared_.q_full, Traits::kTileQ * kHeadDim * 2);
+  __device__ __forceinline__ void wait_and_load_queries(const BlockPlace& at) {
+    wait(shared_.q_empty, q_parity_ ^ 1);
+    q_parity_ ^= 1;
+    if (elect_one()) {
+      arrive_expecting(shared_.q_full, Traits::kTileQ * kHeadDim * 2);
 #pragma unroll
-    for (int slice = 0; slice < Traits::kSlices; ++slice) {
-      load_box(reinterpret_cast<unsigned char*>(shared_.q) + slice * Traits::kSliceBytesQ,
-               params_.q, shared_.q_full, slice * 64, at.begin, at.h, at.b);
+      for (int slice = 0; slice < Traits::kSlices; ++slice) {
+        load_box(reinterpret_cast<unsigned char*>(shared_.q) + slice * Traits::kSliceBytesQ,
+                 params_.q, shared_.q_full, slice * 64, at.begin, at.h, at.b);
+      }
     }
+    __syncwarp();
   }
   /// Nobody is asked about such a run.
   __device__ static bool is_sure(const KeyRun& run, const BlockPlace& at) {
@@ -99,38 +99,37 @@ class SparseForwardSm90RunLoader {
     keys_.advance();
   }
 
-  /// Values of a run, as soon as one warp wants it; what is left to do after that. The place of its
-  /// keys is free only then: no vote is cast while one kTurns before it may still be looked at.
+  /// Values of a run, as soon as one warp wants it. Its keys' place is given back once this warp
+  /// has decided too: until then no vote is cast in the place of those that it looks at.
   __device__ __forceinline__ void load_values(const KeyRun& run, const BlockPlace& at) {
-    const int slot = Traits::kKeySlots + values_.slot;
-    wait(shared_.empty[slot], values_.parity ^ 1);
     const bool is_kept = is_sure(run, at) || any_wants(shared_.votes, turn_);
-    if (is_kept) {
-      if (elect_one()) {
-        arrive_expecting(shared_.full[slot], kRunBytes);
-#pragma unroll
-        for (int slice = 0; slice < Traits::kSlices; ++slice) {
-          // Values end with their block: what comes after it may be infinite or NaN, which P = 0
-          // would not take away.
-          if (run.num_keys < kRunK) {
-            load_cut_box(place(slot, slice), params_.cut_v, shared_.full[slot], slice * 64,
-                         run.first_key, run.num_keys, kRunK, at.h_kv, at.b);
-          } else {
-            load_box(place(slot, slice), params_.v, shared_.full[slot], slice * 64, run.first_key,
-                     at.h_kv, at.b);
-          }
-        }
-      }
-      __syncwarp();
-      values_.advance();
-      if (run.num_keys > 0 && lane_index() == 0) {
-        kept_words()[run.block / 32] |= 1u << run.block % 32;
-      }
-    }
+    ++turn_;
     if (elect_one()) arrive(shared_.empty[keys_.slot]);
     __syncwarp();
     keys_.advance();
-    ++turn_;
+    if (!is_kept) return;
+    const int slot = Traits::kKeySlots + values_.slot;
+    wait(shared_.empty[slot], values_.parity ^ 1);
+    if (elect_one()) {
+      arrive_expecting(shared_.full[slot], kRunBytes);
+#pragma unroll
+      for (int slice = 0; slice < Traits::kSlices; ++slice) {
+        // Values end with their block: what comes after it may be infinite or NaN, which P = 0
+        // would not take away.
+        if (run.num_keys < kRunK) {
+          load_cut_box(place(slot, slice), params_.cut_v, shared_.full[slot], slice * 64,
+                       run.first_key, run.num_keys, kRunK, at.h_kv, at.b);
+        } else {
+          load_box(place(slot, slice), params_.v, shared_.full[slot], slice * 64, run.first_key,
+                   at.h_kv, at.b);
+        }
+      }
+    }
+    __syncwarp();
+    values_.advance();
+    if (run.num_keys > 0 && lane_index() == 0) {
+      kept_words()[run.block / 32] |= 1u << run.block % 32;
+    }
   }
 
   /// What the rule does to a query block: bits of key blocks behind the lists.
@@ -149,6 +148,7 @@ class SparseForwardSm90RunLoader {
   const SparseForwardSm90Params& params_;
   SparseForwardSm90Shared<Traits>& shared_;
   RingCursor<Traits::kKeySlots> keys_, values_;
+  uint32_t q_parity_ = 0;
   uint32_t turn_ = 1;  // the number of the next run
 };
 

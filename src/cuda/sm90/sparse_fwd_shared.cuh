@@ -23,14 +23,16 @@ struct SparseForwardSm90Traits {
   // in sparse_fwd_skip.cuh.
   static constexpr bool kIsApart = kTiles == Tiles::kSkippedApart;
   static constexpr bool kHasRuns = kTiles == Tiles::kSkippedRuns;
-  static constexpr bool kHasVotes = kTiles == Tiles::kSkipped;
-  static constexpr bool kHasSkip = kIsApart || kHasRuns || kHasVotes;
+  static constexpr bool kVotesInRounds = kTiles == Tiles::kSkipped;
+  static constexpr bool kHasSkip = kIsApart || kHasRuns || kVotesInRounds;
   static constexpr int kTileQ = 128, kTileK = kHasRuns ? 64 : 128, kRunK = 64;
   static constexpr int kSlices = kHeadDim / 64;  // of 64 columns, one behind the other
-  // Of 128 keys; or of 64, where keys and values have a ring each.
-  static constexpr int kKeySlots = kHeadDim == 64 ? 8 : 6;  // with kHasRuns
-  static constexpr int kTurns = kHeadDim == 64 ? 16 : 8;    // of votes, with kHasRuns
-  static_assert(kTurns >= kKeySlots + 2);
+  // With kHasRuns: slots of keys, and as many of values; and votes that are kept. One on run t is
+  // cast when the keys of run t + 1 are there, so that all have given back those of run
+  // t + 1 - kKeySlots: who multiplies has decided upon all runs before that one.
+  static constexpr int kKeySlots = kHeadDim == 64 ? 8 : 6;
+  static constexpr int kTurns = kHeadDim == 64 ? 16 : 8;
+  static_assert(kTurns > kKeySlots);
   static constexpr int kSlots = kHasRuns ? 2 * kKeySlots : (kHeadDim == 64 ? 12 : 6);
   // Whether the warpgroups start their products one after the other, so that the softmax of one
   // runs beside the products of the other: 17 % faster at head_dim 64, where the exponentials take
@@ -38,7 +40,7 @@ struct SparseForwardSm90Traits {
   static constexpr bool kTakesTurns = kHeadDim == 64 && !kHasRuns;
   static constexpr int kThreads = 384, kMultiplyWarps = 8;
   // Lists are two blocks ahead of the loads, and these half as many as there are slots.
-  static constexpr int kPlaces = (kHasRuns || kHasVotes) && kHeadDim == 128 ? 12 : 15;
+  static constexpr int kPlaces = (kHasRuns || kVotesInRounds) && kHeadDim == 128 ? 12 : 15;
   static_assert(kPlaces > kSlots / 2 + 4 && kPlaces % 3 == 0);
   // Bits of key blocks: two of critical ones; with a skip rule, of those that stay.
   static constexpr int kLists = kIsApart ? 4 : (kHasSkip ? 3 : 2);
@@ -110,29 +112,40 @@ struct Wishes {
   }
 };
 
-/// The same where a tile is one run.
+/// Votes where a tile is one run.
 template <int kTurns_, int kPlaces>
 struct RunVotes {
   static constexpr int kWarps = 8;
   // Each run of the CTA has a number, from 1 on. A vote is twice the number, and one more if the
-  // warp wants the run. It is cast when the keys of the next run are there: in the place of others
-  // that all have decided upon, those who multiply and the warp that loads values.
+  // warp wants the run. It takes the place of that of kTurns runs before, which nobody looks at any
+  // more: SparseForwardSm90Traits.
   static constexpr int kTurns = kTurns_;
   uint32_t words[kTurns][kWarps];
   // Of query blocks by their place: rows that did without a run, and above kCountBits the warps
   // that have added theirs.
   static constexpr int kCountBits = 28;
   uint32_t num_passes[kPlaces];
+
+  /// One thread, before anyone looks.
+  __device__ void init_all() {
+    for (auto& turn : words) {
+      for (uint32_t& word : turn) word = 0;
+    }
+  }
 };
 
 /// Whether any warp wants a run: known with the first that does, or with the last vote.
 template <class Votes>
 __device__ __forceinline__ bool any_wants(const Votes& votes, uint32_t turn) {
+  [[maybe_unused]] int num_polls = 0;
   while (true) {
     const uint32_t vote = posted(votes.words[turn % Votes::kTurns][lane_index() % Votes::kWarps]);
     const bool is_wanted = __any_sync(kAllLanes, vote == turn * 2 + 1) != 0;
     const bool is_known = __all_sync(kAllLanes, vote / 2 == turn) != 0;
     if (is_wanted || is_known) return is_wanted;
+#ifdef SPARLINE_WATCHDOG
+    if (++num_polls > SPARLINE_WATCHDOG) __trap();
+#endif
   }
 }
 
@@ -148,9 +161,8 @@ struct SparseForwardSm90Shared {
   BlockPlace places[Traits::kPlaces];
   float lse_shift[3][Traits::kTileQ];  // with k_mean, of blocks by turn: scale q_r . k_mean
   std::conditional_t<Traits::kIsApart, Wishes<Traits::kSlots, Traits::kPlaces>,
-                     std::conditional_t<Traits::kHasRuns,
-                                        RunVotes<Traits::kTurns, Traits::kPlaces>,
-                                        Votes<Traits::kHasVotes>>>
+                     std::conditional_t<Traits::kHasRuns, RunVotes<Traits::kTurns, Traits::kPlaces>,
+                                        Votes<Traits::kVotesInRounds>>>
       votes;
   uint32_t lists[1];  // two of RowScan's bits, the critical blocks of a query block; with a skip
                       // rule a third one, the blocks that stay; or one for each warpgroup

@@ -4,7 +4,7 @@
 // scores lie below a limit in all rows of the query block,
 //     max S < m + ln lambda  or  max S < ln l + lambda,
 // leaves no trace: no exponentials, no product with its values, and these are not loaded. For key
-// blocks of more than 64 keys; for others, sparse_fwd_skip_runs.cuh.
+// blocks of more than 64 keys, or too many of them for the lists of sparse_fwd_skip_runs.cuh.
 //
 // Every warp votes for its rows on both runs of a tile. One that wants a run goes on with it at
 // once: it stays, whatever the others say. One that does not waits for all eight. The second run is

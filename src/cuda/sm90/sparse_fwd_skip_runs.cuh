@@ -11,6 +11,13 @@
 // wants the run goes on at once: it stays, whatever the others say. One that does not looks at the
 // votes until one of them wants it, or all are there. The warp that loads values looks at the same
 // votes. Values are handed over for the runs that stay, and for no other.
+//
+//   Shared    queries, where they are the A operand: 64 columns take as long as 128 when A comes
+//             out of registers. Two rings of 6 slots (head_dim 128) of 64 rows, keys and values
+//   Sync      keys are given back by those who multiply and by the warp that loads values, queries
+//             at the end of a query block
+//   Counts    of rows that did without a run are added up at the end of a query block, by the warps
+//             that multiply; bits of the blocks that stay are stored by the warp that loads values
 #pragma once
 
 #include "cuda/sm90/sparse_fwd_multiply.cuh"
@@ -165,7 +172,7 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
     this->is_raised_ = false;
     this->template find_lane_tops<0>(run.s, top);
     const bool wants = cast(top, limit);
-    // Only now: what the others wait for is sooner there.
+    // After the vote, so that the others have it sooner.
     if constexpr (kHasValues) start_values(run);
     if constexpr (kHasNext) {
       num_keys_ = next_.num_keys;
@@ -243,7 +250,7 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
   }
 
   const float& threshold_log2_;
-  const uint32_t queries_;  // of the warpgroup's rows, a descriptor
+  const uint32_t queries_;                       // of the warpgroup's rows, a descriptor
   RingCursor<Traits::kKeySlots> keys_, values_;  // of the next run
   TileInfo next_;
   uint32_t num_keys_;        // TileInfo's, of the run whose scores are there

@@ -4,6 +4,6 @@
 namespace sparline::cuda {
 
 template bool sparse_forward_sm90<128, Tiles::kSkippedRuns>(const SparseForward& params,
-                                                        int num_multiprocessors, void* stream);
+                                                            int num_multiprocessors, void* stream);
 
 }  // namespace sparline::cuda

@@ -10,7 +10,7 @@ enum class Tiles {
   kPlain,
   kLinear,       // the last one of a query block is that of the linear branch
   kSkipped,      // a skip rule decides over each key block; values are loaded of those that stay
-  kSkippedRuns,  // the same, for key blocks of at most 64 keys
+  kSkippedRuns,  // the same, tiles of one key block of at most 64 keys
   kSkippedApart  // the same, for every 64 rows of a query block by themselves
 };
 
