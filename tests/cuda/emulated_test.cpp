@@ -737,6 +737,34 @@ TEST(HopperSkip, ValuesOfSkippedBlocksAreNotLoaded) {
   }
 }
 
+/// Rows of more key blocks than the lists of tiles of one run have room for, and than any has: the
+/// kernel of two runs a tile, and the portable one, take their place.
+TEST(HopperSkip, ManyKeyBlocks) {
+  uint64_t seed = 40;
+  for (const int num_blocks : {1280, 1281, 2048, 2049}) {
+    const OnHopper on_hopper(1);
+    const OrderByTurns order(++seed);
+    Case c = long_rows_case(seed, 128, 128, 16, SkipReference::kKeptLse, 0);
+    c.problem.batch = c.problem.num_heads = c.problem.num_kv_heads = 1;
+    c.problem.num_keys = num_blocks * 16 - 3;
+    const int64_t before = cuda::emulator::num_boxes;
+    check_inputs(c, skip_inputs(c));
+    EXPECT_EQ(cuda::emulator::num_boxes > before, num_blocks <= 2048) << describe(c);
+  }
+}
+
+/// A place for a query block's counts serves many blocks of one CTA.
+TEST(HopperSkip, ManyQueryBlocks) {
+  uint64_t seed = 50;
+  for (const int64_t dim : {64, 128}) {
+    const OnHopper on_hopper(1);
+    const OrderByTurns order(++seed);
+    Case c = long_rows_case(seed, 20 * 128 - 30, dim, 32, SkipReference::kRunningMax, 0);
+    c.problem.batch = 1;
+    check_inputs(c, skip_inputs(c));
+  }
+}
+
 /// The same where each 64 rows decide: a block is copied at most once, for one half or both.
 TEST(HopperSkipApart, ValuesThatNeitherHalfWantsAreNotLoaded) {
   uint64_t seed = 0;
