@@ -516,34 +516,6 @@ TEST(Hopper, ValuesOfOtherBlocksAreNotRead) {
   }
 }
 
-/// Two tiles of query blocks, whose states pairs of CTAs share: the whole forward, and the same
-/// bits as without pairs.
-TEST(HopperLinear, PairsOfTiles) {
-  for (const DType dtype : {DType::kBF16, DType::kF16}) {
-    const OrderByTurns order(dtype == DType::kBF16 ? 1 : 2);
-    Case c = plain_case();
-    Problem& p = c.problem;
-    p.num_heads = p.num_kv_heads = 1;
-    p.block_q = 65;
-    p.num_queries = 128 * p.block_q + 3;
-    p.num_keys = 3 * p.block_k + 5;
-    p.head_dim = 64;
-    p.dtype = dtype;
-    Inputs inputs = random_inputs(c);
-    std::string misuse;
-    Outputs alone;
-    {
-      const OnHopper on_hopper(3);
-      alone = run(c, inputs, &misuse);
-    }
-    EXPECT_EQ(misuse, "") << describe(c);
-    const OnHopper on_hopper(4);
-    const int64_t before = cuda::emulator::num_shared_boxes;
-    expect_same_bits(check_inputs(c, inputs), alone, describe(c));
-    EXPECT_GT(cuda::emulator::num_shared_boxes, before) << describe(c);
-  }
-}
-
 /// Blocks that wait for each other must all have room.
 TEST(HopperLinear, PortableWhereNoBlockFits) {
   const OnHopper on_hopper(3, 0);

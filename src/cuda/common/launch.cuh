@@ -32,7 +32,6 @@ struct LaunchShape {
   // Whether blocks wait for each other: then all of them run at the same time, or the launch fails.
   // Without it those of two such grids, on two streams, may each hold what the other one waits for.
   bool is_cooperative = false;
-  int cluster_blocks = 1;  // of neighbouring blocks, which share a part of the device
 };
 
 template <class... Params>
@@ -43,43 +42,6 @@ void raise_shared_limit(void (*kernel)(Params...), const LaunchShape& shape) {
                              static_cast<int>(shape.shared_bytes)),
         "raising the shared memory limit");
 }
-
-/// A shape as the runtime wants it, which keeps pointers to what is in here.
-class LaunchConfig {
- public:
-  LaunchConfig(const LaunchShape& shape, void* stream) {
-    config_.gridDim = dim3(static_cast<unsigned>(shape.blocks));
-    config_.blockDim = dim3(static_cast<unsigned>(shape.threads));
-    config_.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
-    config_.stream = static_cast<cudaStream_t>(stream);
-    config_.attrs = attributes_;
-    if (shape.is_cooperative) {
-      add(cudaLaunchAttributeCooperative).cooperative = 1;
-    } else if (can_launch_early()) {
-      add(cudaLaunchAttributeProgrammaticStreamSerialization)
-          .programmaticStreamSerializationAllowed = 1;
-    }
-    if (shape.cluster_blocks > 1) {
-      auto& dim = add(cudaLaunchAttributeClusterDimension).clusterDim;
-      dim.x = static_cast<unsigned>(shape.cluster_blocks);
-      dim.y = dim.z = 1;
-    }
-  }
-  LaunchConfig(const LaunchConfig&) = delete;
-  LaunchConfig& operator=(const LaunchConfig&) = delete;
-
-  const cudaLaunchConfig_t* get() const { return &config_; }
-
- private:
-  cudaLaunchAttributeValue& add(cudaLaunchAttributeID id) {
-    cudaLaunchAttribute& attribute = attributes_[config_.numAttrs++];
-    attribute.id = id;
-    return attribute.val;
-  }
-
-  cudaLaunchAttribute attributes_[2] = {};
-  cudaLaunchConfig_t config_{};
-};
 
 /// How many blocks of the kernel a multiprocessor of the current device holds at a time; shape's
 /// own blocks do not matter.
@@ -92,26 +54,28 @@ int resident_blocks(void (*kernel)(Params...), const LaunchShape& shape) {
         "asking how many blocks a multiprocessor holds");
   return count;
 }
-/// How many clusters of shape.cluster_blocks the device holds at a time, likewise.
-template <class... Params>
-int resident_clusters(void (*kernel)(Params...), LaunchShape shape) {
-  raise_shared_limit(kernel, shape);
-  shape.blocks = shape.cluster_blocks;
-  int count = 0;
-  const auto status =
-      cudaOccupancyMaxActiveClusters(&count, kernel, LaunchConfig(shape, nullptr).get());
-  if (status == cudaSuccess) return count;
-  cudaGetLastError();  // it takes no such shape: not an error of anybody's call
-  return 0;
-}
 
 /// kernel<<<shape, stream>>>(args...)
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), const LaunchShape& shape, void* stream, Args&&... args) {
   if (shape.blocks == 0) return;
   raise_shared_limit(kernel, shape);
-  check(cudaLaunchKernelEx(LaunchConfig(shape, stream).get(), kernel, std::forward<Args>(args)...),
-        "launching a kernel");
+  cudaLaunchAttribute attribute{};
+  if (shape.is_cooperative) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = shape.is_cooperative || can_launch_early() ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "launching a kernel");
 }
 
 }  // namespace sparline::cuda

@@ -55,37 +55,23 @@ struct Space {
   }
 };
 
-/// False, and nothing is launched, where the device does not hold a single CTA, or where clusters
-/// would leave a part of it idle. The kernel begins only when all of its CTAs can: not before a
-/// kernel of another stream that holds a multiprocessor has ended, however long that runs.
-template <class Traits>
-bool launch_clusters(LinearSumsParams params, const Space& space, void* stream) {
-  constexpr int kCtas = Traits::kCtas;
-  const Frame& frame = params.linear.frame;
-  params.turns_m = (params.tiles_m + kCtas - 1) / kCtas;
-  params.num_turns = params.linear.wave.count * frame.group() * params.turns_m * params.tiles_n;
+/// False, and nothing is launched, where the device does not hold a single CTA. The kernel begins
+/// only when all of its CTAs can: not before a kernel of another stream that holds a multiprocessor
+/// has ended, however long that runs.
+template <class T, int kHeadDim>
+bool launch_sums(const LinearSumsParams& params, const Space& space, void* stream) {
+  using Traits = LinearSumsTraits<T, kHeadDim>;
   const auto kernel = linear_sums_sm90_kernel<Traits>;
   LaunchShape shape{.threads = Traits::kThreads,
                     .shared_bytes = sizeof(LinearSumsShared<Traits>),
-                    .is_cooperative = true,
-                    .cluster_blocks = kCtas};
-  const int64_t num_multiprocessors = current_device().num_multiprocessors;
-  const int64_t num_resident = kCtas == 1 ? num_multiprocessors * resident_blocks(kernel, shape)
-                                          : resident_clusters(kernel, shape);
-  if (num_resident == 0) return false;
-  if (kCtas > 1 && num_resident * kCtas * 32 < num_multiprocessors * 31) return false;
-  const int64_t num_clusters = std::max((params.num_units + kCtas - 1) / kCtas, params.num_turns);
-  shape.blocks = std::min(num_resident, num_clusters) * kCtas;
+                    .is_cooperative = true};
+  const int64_t num_resident =
+      int64_t{current_device().num_multiprocessors} * resident_blocks(kernel, shape);
+  shape.blocks = std::min<int64_t>(num_resident, std::max(params.num_units, params.num_tiles));
+  if (shape.blocks == 0) return false;
   clear(space.counters, space.num_counters * static_cast<int64_t>(sizeof(uint32_t)), stream);
   launch(kernel, shape, stream, params);
   return true;
-}
-/// In pairs of CTAs where there are tiles for both that add up the same key blocks.
-template <class T, int kHeadDim>
-bool launch_sums(const LinearSumsParams& params, const Space& space, void* stream) {
-  const bool has_pairs = params.tiles_m > 1 && params.linear.frame.queries.table == nullptr;
-  return (has_pairs && launch_clusters<LinearSumsTraits<T, kHeadDim, 2>>(params, space, stream)) ||
-         launch_clusters<LinearSumsTraits<T, kHeadDim, 1>>(params, space, stream);
 }
 template <class T>
 bool launch_sums(const LinearSumsParams& params, const Space& space, void* stream) {
@@ -115,6 +101,7 @@ bool linear_sums_sm90(const LinearParams& params, LinearSums& sums, std::byte* w
                      .empty_rows = space.empty_rows,
                      .bits_made = space.counters,
                      .num_units = params.wave.count * f.keys.num_blocks,
+                     .num_tiles = params.wave.count * f.group() * space.tiles_m * space.tiles_n,
                      .tiles_m = space.tiles_m,
                      .tiles_n = space.tiles_n,
                      .chunks = space.chunks,

@@ -11,28 +11,13 @@
 //             (linear_sums_states.cuh), 3 and 4 add them up (linear_sums_product.cuh). States wait
 //             for device memory and the product for tensor cores: one runs beside the other. CTA n
 //             of G takes key blocks and tiles of the product n, n + G, ..., head by head
-//   Pairs     with kCtas 2 tiles are taken in turns, by clusters of two CTAs: neighbouring tiles of
-//             query blocks of the same states, of which each CTA loads a half for both. The last of
-//             an odd number has nothing beside it: that CTA loads its half, and adds up nothing
 //   Tiles     states: a block of up to 64 keys. Product: 128 query blocks x 128 columns of a state,
 //             64 key blocks at a time
 //   Shared    W 32 KiB, 4 slots of 32 KiB for keys and values, 4 of 16 KiB for states
 //   Sync      load -> full[slot] -> use -> empty[slot] -> load, in both rings. Between CTAs,
 //             counters in global memory: states of a chunk are there, the map is there, the sums
-//             of a (batch, kv head) are done and its states may be overwritten. The launch is
-//             cooperative: no CTA waits for one that cannot begin
-//   In pairs  a warp that adds up gives a slot back to both loaders. Use u of a slot:
-//             - A copy of use u starts after all 16 warps have given back use u - 1: no product
-//               reads the slot any more, and as those of the other CTA have waited for full there,
-//               its phase of use u - 1 has ended. That of use u cannot end before the copy arrives:
-//               it counts the bytes of both halves, and where they come before the other CTA's
-//               loader expects them, that arrival is missing. So a copy meets the phase of its use
-//             - A warp gives back use u + 1 after it has waited for full, to which the loader that
-//               it tells has copied after its own phase of empty of use u ended: an arrival at
-//               empty meets the phase of its use
-//             - Each loader has learned, by itself, that the states are there before it reads its
-//               half. Sums are counted as done by both CTAs, each after both halves came to it
-//             - The CTAs leave together: nothing is copied to or arrives at one that has left
+//             of a pair are done and its states may be overwritten. The launch is cooperative: no
+//             CTA waits for one that cannot begin
 //   Numerics  phi, v W^T, h and z bf16, sums float32, H_i bf16. No atomics on data
 //
 // The states of the pairs that are there at a time fit into L2, where the product reads them.
@@ -57,7 +42,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
     for (int n = 0; n < Traits::kSumSlots; ++n) {
       init(shared.sum_full[n], 1);
-      init(shared.sum_empty[n], Traits::kSumWarps * Traits::kCtas);
+      init(shared.sum_empty[n], 8);
     }
     for (int n = 0; n < Traits::kAnnouncements; ++n) {
       for (int group = 0; group < 2; ++group) {
@@ -81,11 +66,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
     fence_async_shared();
   }
-  if constexpr (Traits::kCtas == 1) {
-    __syncthreads();
-  } else {
-    sync_cluster();  // the other CTA's barriers are there
-  }
+  __syncthreads();
   const int warp = __shfl_sync(kAllLanes, warp_index(), 0);
   if (warp < 4) {
     give_back_registers<Traits::kLoadRegisters>();
@@ -104,7 +85,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     make_bits<Traits>(params, warp - 12, Traits::kSumWarps);
     LinearProduct<Traits>(params, shared, warp / 4 - 3).run();
   }
-  if constexpr (Traits::kCtas > 1) sync_cluster();
 }
 
 }  // namespace sparline::cuda

@@ -75,13 +75,13 @@ class ReadyChunks {
 template <class Traits>
 __device__ void load_sums(const LinearSumsParams& params, LinearSumsShared<Traits>& shared) {
   const Frame& frame = params.linear.frame;
-  using Tile = SumTile<Traits>;
-  constexpr int kChunk = Traits::kChunk, kTileN = Traits::kTileN, kCtas = Traits::kCtas;
+  constexpr int kChunk = Traits::kChunk, kTileN = Traits::kTileN;
   constexpr int kTilesH = Traits::kHeadDim * Traits::kHeadDim / kTileN;  // the other is of z
   RingCursor<Traits::kSumSlots> ring;
   ReadyChunks<Traits> ready(params);
-  for (int32_t turn = Tile::first_turn(); turn < params.num_turns; turn = Tile::next_turn(turn)) {
-    const Tile tile(params, turn);
+  for (auto idx = static_cast<int32_t>(blockIdx.x); idx < params.num_tiles;
+       idx += static_cast<int32_t>(gridDim.x)) {
+    const SumTile tile(params, idx);
     const int32_t pair = tile.head / frame.group();
     const bool is_z = tile.n == kTilesH;
     const CUtensorMap& map = is_z ? params.z : params.states;
@@ -99,14 +99,12 @@ __device__ void load_sums(const LinearSumsParams& params, LinearSumsShared<Trait
           Barrier& full = shared.sum_full[ring.slot];
           arrive_expecting(full, kChunk * kTileN * 2);
 #pragma unroll
-          for (int n = 0; n < kTileN / 64; n += kCtas) {  // past the end of z: zeros
-            const int slice = n + Tile::cluster_rank();
+          for (int slice = 0; slice < kTileN / 64; ++slice) {  // past the end of z: zeros
             bf16* const to = shared.sum_slots[ring.slot] + slice * kChunk * 64;
-            const int32_t d = column + slice * 64;
             if (num_states < kChunk) {
-              load_cut_box<kCtas>(to, cut_map, full, d, j, num_states, kChunk, place, 0);
+              load_cut_box(to, cut_map, full, column + slice * 64, j, num_states, kChunk, place, 0);
             } else {
-              load_box<kCtas>(to, map, full, d, j, place, 0);
+              load_box(to, map, full, column + slice * 64, j, place, 0);
             }
           }
         }

@@ -13,7 +13,6 @@ namespace sparline::cuda {
 /// 128: as long as A takes to leave the registers.
 template <class Traits>
 class LinearProduct {
-  using Tile = SumTile<Traits>;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kTileM = Traits::kTileM, kTileN = Traits::kTileN;
   static constexpr int kAhead = 4;
@@ -31,23 +30,19 @@ class LinearProduct {
     // All of them: every CTA makes its share before it adds up anything.
     wait_for_count(params_.bits_made, gridDim.x * Traits::kSumWarps);
     __syncwarp();
-    load_first_bits(Tile::first_turn());
-    for (int32_t turn = Tile::first_turn(); turn < params_.num_turns;
-         turn = Tile::next_turn(turn)) {
-      const Tile tile(params_, turn);
+    load_first_bits(static_cast<int32_t>(blockIdx.x));
+    for (auto idx = static_cast<int32_t>(blockIdx.x); idx < params_.num_tiles;
+         idx += static_cast<int32_t>(gridDim.x)) {
+      const SumTile tile(params_, idx);
       SumRange range;
       for (bool is_left = next_range<Traits>(params_, tile.m, range); is_left;) {
         const SumRange own = range;
-        if (tile.is_there(params_)) {
-          add_chunks(own.template num_chunks<Traits>());
-        } else {
-          pass_chunks(own.template num_chunks<Traits>());
-        }
+        add_chunks(own.template num_chunks<Traits>());
         is_left = next_range<Traits>(params_, tile.m, range);
         if (!is_left && threadIdx.x % 128 == 0) {
           count_reads(params_.pair_done + tile.head / params_.linear.frame.group());
         }
-        store(tile, own, is_left ? turn : Tile::next_turn(turn));
+        store(tile, own, is_left ? idx : idx + static_cast<int32_t>(gridDim.x));
       }
     }
   }
@@ -70,10 +65,9 @@ class LinearProduct {
   }
   /// The map is kAhead chunks ahead, also of a tile's first ones: where states fill L2's queues, it
   /// takes as long to come as the products of two or three.
-  __device__ __forceinline__ void load_first_bits(int32_t turn) {
-    if (turn >= params_.num_turns) return;
-    const Tile tile(params_, turn);
-    if (!tile.is_there(params_)) return;
+  __device__ __forceinline__ void load_first_bits(int32_t idx) {
+    if (idx >= params_.num_tiles) return;
+    const SumTile tile(params_, idx);
     bits_ = params_.bits +
             (int64_t{tile.head} * params_.tiles_m + tile.m) * params_.chunks * kTileM + row_;
 #pragma unroll
@@ -122,31 +116,14 @@ class LinearProduct {
     }
     wgmma_commit();
     wgmma_wait<0>();
-    release();
-  }
-  /// Of no tile: the one beside it has the same states.
-  __device__ __forceinline__ void pass_chunks(int32_t num_chunks) {
-    for (int32_t chunk = 0; chunk < num_chunks; ++chunk) {
-      wait(shared_.sum_full[ring_.slot], ring_.parity);
-      release();
-    }
-  }
-  /// Gives the slot back to all who copy to it.
-  __device__ __forceinline__ void release() {
     __syncwarp();
-    Barrier& empty = shared_.sum_empty[ring_.slot];
-    if constexpr (Traits::kCtas == 1) {
-      if (lane_ == 0) arrive(empty);
-    } else {
-      if (lane_ < Traits::kCtas) arrive_at(empty, static_cast<uint32_t>(lane_));
-    }
+    if (lane_ == 0) arrive(shared_.sum_empty[ring_.slot]);
     ring_.advance();
   }
 
-  /// Stores the sums, and asks for the first bits of turn `next` once it is known where to:
+  /// Stores the sums, and asks for the first bits of tile `next` once it is known where to:
   /// what that takes would wait for the bits.
-  __device__ __forceinline__ void store(const Tile& tile, const SumRange& range, int32_t next) {
-    if (!tile.is_there(params_)) return load_first_bits(next);
+  __device__ __forceinline__ void store(const SumTile& tile, const SumRange& range, int32_t next) {
     if (tile.n == kHeadDim * kHeadDim / kTileN) {
       store_z(tile, range);
       load_first_bits(next);
@@ -188,7 +165,7 @@ class LinearProduct {
       }
     }
   }
-  __device__ __forceinline__ void store_z(const Tile& tile, const SumRange& range) {
+  __device__ __forceinline__ void store_z(const SumTile& tile, const SumRange& range) {
     const int32_t num_blocks = params_.linear.frame.queries.num_blocks;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

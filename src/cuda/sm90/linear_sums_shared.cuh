@@ -11,11 +11,9 @@
 
 namespace sparline::cuda {
 
-/// kCtas: CTAs of a cluster, each of which adds up a tile of its own of the same states.
-template <class T_, int kHeadDim_, int kCtas_ = 1>
+template <class T_, int kHeadDim_>
 struct LinearSumsTraits {
   using T = T_;
-  static constexpr int kCtas = kCtas_;
   static constexpr int kHeadDim = kHeadDim_;     // and features
   static constexpr int kSlices = kHeadDim / 64;  // of 64 columns, one behind the other
   static constexpr int kRunK = 64;               // keys of a block, at most
@@ -27,7 +25,6 @@ struct LinearSumsTraits {
   static constexpr int kThreads = 640, kSumWarps = 8;
   static constexpr int kLoadRegisters = 32, kStateRegisters = 104, kSumRegisters = 120;
   static_assert(kHeadDim % 64 == 0 && kHeadDim <= 128);
-  static_assert(kTileN / 64 % kCtas == 0);  // slices of states, of which each CTA loads its share
   // A slot always serves the same of two warpgroups: one that has not waited for the phase before
   // would take it for the next one's.
   static_assert(kKeySlots % 2 == 0);
@@ -68,10 +65,9 @@ struct LinearSumsParams {
   float* empty_rows = nullptr;      // (heads, tiles_m kTileM): NaN where E_i is empty, else 0
   uint32_t* bits_made = nullptr;    // warps that have made their rows of bits
   uint32_t* chunk_ready = nullptr;  // (pairs, chunks): states that are there
-  uint32_t* pair_done = nullptr;    // (pairs): turns, once by each warpgroup of each CTA
+  uint32_t* pair_done = nullptr;    // (pairs): tiles of the product, once by each warpgroup
   int32_t num_units = 0;            // states
-  int32_t num_turns = 0;            // of the product: kCtas tiles that have the same states
-  int32_t turns_m = 0;              // for all tiles_m
+  int32_t num_tiles = 0;            // of the product
   int32_t tiles_m = 0, tiles_n = 0, chunks = 0;
   int32_t slots = 0;  // pairs whose states are there at a time
 };
@@ -88,13 +84,12 @@ struct SumRange {
   }
 };
 /// Goes on to the next sequence of the tile, from SumRange{} on; false if there is none. All lanes
-/// of a warp call it. A tile past the last one has a range too, that of the tile beside it.
+/// of a warp call it.
 template <class Traits>
 __device__ __forceinline__ bool next_range(const LinearSumsParams& params, int32_t tile_m,
                                            SumRange& range) {
   const Axis& queries = params.linear.frame.queries;
-  const int32_t num_left = queries.num_blocks - tile_m * Traits::kTileM;
-  const int32_t num_rows = max(1, min(Traits::kTileM, num_left));
+  const int32_t num_rows = min(Traits::kTileM, queries.num_blocks - tile_m * Traits::kTileM);
   if (range.last >= num_rows) return false;
   range.first = range.last;
   range.last = num_rows;
@@ -114,28 +109,14 @@ __device__ __forceinline__ bool next_range(const LinearSumsParams& params, int32
   return true;
 }
 
-/// The CTA's tile of a turn. Turns of the same states are neighbours.
-template <class Traits>
+/// A tile of the product. Tiles that share their states are neighbours.
 struct SumTile {
   int32_t head, n, m;
-  __device__ SumTile(const LinearSumsParams& params, int32_t turn) {
-    m = turn % params.turns_m * Traits::kCtas + cluster_rank();
-    turn /= params.turns_m;
-    n = turn % params.tiles_n;
-    head = turn / params.tiles_n;
-  }
-  /// Else it is past the last one: only its share of the states is loaded.
-  __device__ __forceinline__ bool is_there(const LinearSumsParams& params) const {
-    return Traits::kCtas == 1 || m < params.tiles_m;
-  }
-  __device__ __forceinline__ static int32_t cluster_rank() {
-    return static_cast<int32_t>(blockIdx.x % Traits::kCtas);
-  }
-  __device__ __forceinline__ static int32_t first_turn() {
-    return static_cast<int32_t>(blockIdx.x / Traits::kCtas);
-  }
-  __device__ __forceinline__ static int32_t next_turn(int32_t turn) {
-    return turn + static_cast<int32_t>(gridDim.x / Traits::kCtas);
+  __device__ SumTile(const LinearSumsParams& params, int32_t idx) {
+    m = idx % params.tiles_m;
+    idx /= params.tiles_m;
+    n = idx % params.tiles_n;
+    head = idx / params.tiles_n;
   }
 };
 

@@ -88,9 +88,9 @@ class LinearStates {
     if (sequence != sequence_) {  // the place of its pair may still be read
       sequence_ = sequence;
       if (pair >= params_.slots) {
-        wait_for_count(params_.pair_done + pair - params_.slots,
-                       static_cast<uint32_t>(2 * p_.frame.group() * params_.turns_m *
-                                             Traits::kCtas * params_.tiles_n));
+        wait_for_count(
+            params_.pair_done + pair - params_.slots,
+            static_cast<uint32_t>(2 * p_.frame.group() * params_.tiles_m * params_.tiles_n));
       }
     }
     const int64_t state = int64_t{pair % params_.slots} * num_blocks + j;

@@ -49,17 +49,6 @@ __device__ __forceinline__ void arrive_expecting(Barrier& barrier, uint32_t byte
       "r"(bytes)
       : "memory");
 }
-/// Arrives at the barrier that has this one's place in the CTA `rank` of the cluster: for products
-/// that this thread has waited for, after which the other CTA may copy here. It tells that CTA of
-/// no stores: a release for the cluster waits for all that the multiprocessor has stored.
-__device__ __forceinline__ void arrive_at(Barrier& barrier, uint32_t rank) {
-  asm volatile(
-      "{ .reg .b32 at;\n"
-      "mapa.shared::cluster.u32 at, %0, %1;\n"
-      "mbarrier.arrive.release.cta.shared::cluster.b64 _, [at]; }" ::"r"(shared_address(&barrier)),
-      "r"(rank)
-      : "memory");
-}
 /// Waits until the phase of this parity has ended.
 __device__ __forceinline__ void wait(Barrier& barrier, uint32_t parity) {
   const SharedAddress address = shared_address(&barrier);
@@ -122,14 +111,6 @@ __device__ __forceinline__ uint32_t count_named(int idx, int num_threads, bool i
   return count;
 }
 
-/// All threads of the cluster meet, as at __syncthreads.
-__device__ __forceinline__ void sync_cluster() {
-  asm volatile(
-      "barrier.cluster.arrive.release;\n"
-      "barrier.cluster.wait.acquire;" ::
-          : "memory");
-}
-
 // Registers ---------------------------------------------------------------------------------------
 
 /// All warps of a warpgroup, each warpgroup once, in a kernel of __launch_bounds__(threads, 1).
@@ -156,26 +137,14 @@ __device__ __forceinline__ bool elect_one() {
 // The tensor copy engine --------------------------------------------------------------------------
 
 /// Starts copying the box at (d, n, h, b) of a (B, heads, N, D) tensor to shared memory; `barrier`
-/// is told of its bytes. What lies past the end of the tensor arrives as zeros. kCtas > 1: read
-/// once for all CTAs of a cluster of so many; the box comes to the same place in each, and the
-/// barrier in `barrier`'s place there is told of its bytes.
-template <int kCtas = 1>
+/// is told of its bytes. What lies past the end of the tensor arrives as zeros.
 __device__ __forceinline__ void load_box(void* shared, const CUtensorMap& map, Barrier& barrier,
                                          int32_t d, int32_t n, int32_t h, int32_t b) {
-  if constexpr (kCtas == 1) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address(shared)),
-        "l"(&map), "r"(shared_address(&barrier)), "r"(d), "r"(n), "r"(h), "r"(b)
-        : "memory");
-  } else {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-        ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(shared)),
-        "l"(&map), "r"(shared_address(&barrier)), "r"(d), "r"(n), "r"(h), "r"(b),
-        "h"(static_cast<uint16_t>((1 << kCtas) - 1))
-        : "memory");
-  }
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(d), "r"(n), "r"(h), "r"(b)
+      : "memory");
 }
 /// The same for data that is read once: it is the first to leave L2.
 __device__ __forceinline__ void load_box_once(void* shared, const CUtensorMap& map,
@@ -190,28 +159,16 @@ __device__ __forceinline__ void load_box_once(void* shared, const CUtensorMap& m
       : "memory");
 }
 /// Of the box at (d, n, h, b) the first `num_rows` rows, which may be none, and zeros for the
-/// others: nothing else is read. `box_rows` and `map` as encode_cut_rows() was told, kCtas as
-/// above.
-template <int kCtas = 1>
+/// others: nothing else is read. `box_rows` and `map` as encode_cut_rows() was told.
 __device__ __forceinline__ void load_cut_box(void* shared, const CUtensorMap& map, Barrier& barrier,
                                              int32_t d, int32_t n, int32_t num_rows,
                                              int32_t box_rows, int32_t h, int32_t b) {
-  if constexpr (kCtas == 1) {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(shared_address(shared)),
-        "l"(&map), "r"(shared_address(&barrier)), "r"(d), "r"(box_rows - num_rows),
-        "r"(n + num_rows), "r"(h), "r"(b)
-        : "memory");
-  } else {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-        ".multicast::cluster [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(
-            shared_address(shared)),
-        "l"(&map), "r"(shared_address(&barrier)), "r"(d), "r"(box_rows - num_rows),
-        "r"(n + num_rows), "r"(h), "r"(b), "h"(static_cast<uint16_t>((1 << kCtas) - 1))
-        : "memory");
-  }
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(d), "r"(box_rows - num_rows), "r"(n + num_rows),
+      "r"(h), "r"(b)
+      : "memory");
 }
 /// Starts copying `bytes` bytes, a multiple of 16 at multiples of 16.
 __device__ __forceinline__ void load_bytes(void* shared, const void* global, uint32_t bytes,

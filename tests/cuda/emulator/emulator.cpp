@@ -103,7 +103,6 @@ struct Machine {
   void (*thread_function)(void*) = nullptr;
   void* context = nullptr;
   size_t shared_bytes = 0;
-  int cluster_blocks = 1;
   uint64_t progress = 0;  // counts what others may have waited for
   std::vector<Instructions> instructions;
 
@@ -229,17 +228,6 @@ std::string describe_waiting() {
     const uint32_t returned =
         ~(warp.meeting | warp.at_barrier | warp.parked | warp.polling | warp.runnable);
     if (returned != 0) text += "\n  lanes " + hex(returned) + of_warp + " have returned";
-  }
-  return text;
-}
-
-/// Of all blocks that have begun and not ended.
-std::string describe_waiting_blocks() {
-  std::string text;
-  for (const std::unique_ptr<Block>& block : machine.live) {
-    machine.block = block.get();
-    blockIdx = block->idx;
-    text += "\n block " + std::to_string(blockIdx.x) + ":" + describe_waiting();
   }
   return text;
 }
@@ -398,11 +386,6 @@ Outcome go_on(Block& block) {
       for (Warp& warp : block.warps) warp.runnable = std::exchange(warp.at_barrier, 0u);
       continue;
     }
-    const bool is_in_cluster = machine.cluster_blocks > 1;
-    if (is_in_cluster && is_waiting && machine.order == Order::kRandom && random_number() % 2) {
-      ++machine.progress;  // the others may go on before something ends here
-      return Outcome::kWaitsForOthers;
-    }
     bool has_finished_something = false;
     for (const Instructions& some : machine.instructions) {
       has_finished_something = has_finished_something || some.finish_something();
@@ -411,7 +394,7 @@ Outcome go_on(Block& block) {
       ++machine.progress;
       continue;
     }
-    if (all.polling != 0 || (is_in_cluster && is_waiting)) return Outcome::kWaitsForOthers;
+    if (all.polling != 0) return Outcome::kWaitsForOthers;
     if (is_waiting) fail_in_block("deadlock: these lanes wait for ever" + describe_waiting());
     for (const Instructions& some : machine.instructions) some.end_block();
     return Outcome::kEnded;
@@ -437,38 +420,32 @@ std::unique_ptr<Block> take_block(uint3 idx) {
   return block;
 }
 
-/// Clusters one after another; beside each other where one waits for what another one counts.
+/// Blocks one after another; beside each other where one waits for what another one counts.
 void run_blocks(int64_t num_blocks, int64_t start) {
   constexpr int kMostIdleRounds = 1000;
-  const int64_t size = machine.cluster_blocks, num_clusters = num_blocks / size;
-  const bool is_reverse = machine.order == Order::kReverse;
   int num_idle_rounds = 0;
-  for (int64_t idx = 0; idx < num_clusters || !machine.live.empty();) {
+  for (int64_t idx = 0; idx < num_blocks || !machine.live.empty();) {
     const uint64_t progress = machine.progress;
-    for (std::unique_ptr<Block>& block : machine.live) {
-      if (go_on(*block) == Outcome::kWaitsForOthers) continue;
+    std::erase_if(machine.live, [&](std::unique_ptr<Block>& block) {
+      if (go_on(*block) == Outcome::kWaitsForOthers) return false;
       ++machine.progress;
       machine.idle.push_back(std::move(block));
-    }
-    std::erase(machine.live, nullptr);
+      return true;
+    });
     num_idle_rounds = machine.progress == progress ? num_idle_rounds + 1 : 0;
     if (!machine.live.empty() && num_idle_rounds == 0) continue;
-    if (idx < num_clusters) {
-      if (machine.live.size() + static_cast<size_t>(size) >
-          static_cast<size_t>(num_multiprocessors())) {
+    if (idx < num_blocks) {
+      if (machine.live.size() == static_cast<size_t>(num_multiprocessors())) {
         fail_in_block("deadlock: blocks wait for others that have no room beside them" +
-                      describe_waiting_blocks());
+                      describe_waiting());
       }
-      const int64_t first =
-          (is_reverse ? num_clusters - 1 - idx : (start + idx) % num_clusters) * size;
+      const int64_t block =
+          machine.order == Order::kReverse ? num_blocks - 1 - idx : (start + idx) % num_blocks;
       ++idx;
-      for (int64_t n = 0; n < size; ++n) {
-        const int64_t block = first + (is_reverse ? size - 1 - n : n);
-        machine.live.push_back(take_block({static_cast<unsigned>(block), 0, 0}));
-      }
+      machine.live.push_back(take_block({static_cast<unsigned>(block), 0, 0}));
       num_idle_rounds = 0;
     } else if (num_idle_rounds > kMostIdleRounds) {
-      fail_in_block("deadlock: all blocks wait for each other" + describe_waiting_blocks());
+      fail_in_block("deadlock: all blocks wait for each other" + describe_waiting());
     }
   }
 }
@@ -786,27 +763,6 @@ void let_polling_go_on() {
 
 void note_progress() { ++machine.progress; }
 
-int cluster_blocks() { return machine.cluster_blocks; }
-
-void in_block_of_cluster(int rank, const std::function<void()>& action) {
-  const auto size = static_cast<unsigned>(machine.cluster_blocks);
-  if (rank < 0 || rank >= machine.cluster_blocks) {
-    fail("no block of rank " + std::to_string(rank) + " in a cluster of " + std::to_string(size));
-  }
-  const unsigned idx = blockIdx.x / size * size + static_cast<unsigned>(rank);
-  const auto found = std::ranges::find_if(machine.live, [&](const std::unique_ptr<Block>& block) {
-    return block != nullptr && block->idx.x == idx;
-  });
-  if (found == machine.live.end()) {
-    fail("the block of rank " + std::to_string(rank) + " in the cluster has ended");
-  }
-  Block* const own = std::exchange(machine.block, found->get());
-  blockIdx = machine.block->idx;
-  action();
-  machine.block = own;
-  blockIdx = own->idx;
-}
-
 void add_instructions(const Instructions& instructions) {
   machine.instructions.push_back(instructions);
 }
@@ -848,17 +804,11 @@ void set_order(Order order, uint64_t seed) {
   machine.random_state = seed;
 }
 
-void run(const void* kernel, int64_t blocks, int cluster_blocks, int threads, int64_t shared_bytes,
+void run(const void* kernel, int64_t blocks, int threads, int64_t shared_bytes,
          void (*thread)(void*), void* context) {
   static std::mutex mutex;
   const std::lock_guard lock(mutex);
   if (blocks == 0) return;
-  constexpr int kMaxClusterBlocks = 8;
-  if (cluster_blocks < 1 || cluster_blocks > kMaxClusterBlocks || blocks % cluster_blocks != 0) {
-    throw Error(ErrorCode::kInternal, "CUDA emulator: cannot launch " + std::to_string(blocks) +
-                                          " blocks in clusters of " +
-                                          std::to_string(cluster_blocks) + ".");
-  }
   if (blocks < 0 || blocks >= int64_t{1} << 31 || threads <= 0 || threads > kMaxThreads ||
       threads % kWarpSize != 0 || shared_bytes < 0 || shared_bytes > kMaxSharedBytes) {
     throw Error(ErrorCode::kInternal,
@@ -884,7 +834,6 @@ void run(const void* kernel, int64_t blocks, int cluster_blocks, int threads, in
   machine.thread_function = thread;
   machine.context = context;
   machine.shared_bytes = static_cast<size_t>(shared_bytes);
-  machine.cluster_blocks = cluster_blocks;
   blockDim = dim3(static_cast<unsigned>(threads));
   gridDim = dim3(static_cast<unsigned>(blocks));
   const int64_t start =

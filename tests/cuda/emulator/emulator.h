@@ -27,8 +27,7 @@
 //     (the seed of random orders) picks the order of blocks, warps and lanes: a result that depends
 //     on it lacks a __syncthreads or __syncwarp.
 // A block runs to its end before the next one begins, but for blocks that wait for counters in
-// global memory (hopper.h): the next one then begins beside it. The blocks of a cluster begin
-// beside each other, and each goes on until it can no more. Static __shared__ arrays become
+// global memory (hopper.h): the next one then begins beside it. Static __shared__ arrays become
 // static variables: they keep their values from block to block, and blocks side by side share them.
 #pragma once
 
@@ -157,11 +156,6 @@ void let_others_go_on(const void* site);
 void let_polling_go_on();
 /// Something has happened that a thread of another block may wait for.
 void note_progress();
-/// How many blocks a cluster of this launch has.
-int cluster_blocks();
-/// Does something as if in the block of this rank in the cluster, which must not have ended, beside
-/// the thread that runs: a message names that block and this thread. Waits for nothing.
-void in_block_of_cluster(int rank, const std::function<void()>& action);
 
 /// The threads of the block that wait.
 struct Waiting {
@@ -197,7 +191,7 @@ uint64_t random_number();
 size_t dynamic_shared_bytes();
 
 /// Runs `thread(context)` in every thread of the grid.
-void run(const void* kernel, int64_t blocks, int cluster_blocks, int threads, int64_t shared_bytes,
+void run(const void* kernel, int64_t blocks, int threads, int64_t shared_bytes,
          void (*thread)(void*), void* context);
 
 template <class T>
@@ -436,16 +430,11 @@ struct LaunchShape {
   int threads = 128;
   int64_t shared_bytes = 0;
   bool is_cooperative = false;
-  int cluster_blocks = 1;
 };
 
 template <class... Params>
 int resident_blocks(void (*)(Params...), const LaunchShape&) {
   return emulator::resident_blocks();
-}
-template <class... Params>
-int resident_clusters(void (*)(Params...), const LaunchShape& shape) {
-  return emulator::num_multiprocessors() / shape.cluster_blocks * emulator::resident_blocks();
 }
 
 template <class... Params, class... Args>
@@ -458,8 +447,8 @@ void launch(void (*kernel)(Params...), const LaunchShape& shape, void* /*stream*
     const auto& context = *static_cast<const Context*>(data);
     std::apply(context.kernel, context.params);
   };
-  emulator::run(reinterpret_cast<const void*>(kernel), shape.blocks, shape.cluster_blocks,
-                shape.threads, shape.shared_bytes, thread, &context);
+  emulator::run(reinterpret_cast<const void*>(kernel), shape.blocks, shape.threads,
+                shape.shared_bytes, thread, &context);
 }
 
 /// Kernels run one after another here.

@@ -14,13 +14,13 @@
 namespace sparline::cuda {
 namespace emulator {
 
-int64_t num_boxes = 0, num_shared_boxes = 0, num_counts = 0;
+int64_t num_boxes = 0, num_counts = 0;
 
 namespace {
 
 constexpr int kWarpSize = 32, kGroupThreads = 128, kGroupWarps = 4;
 
-enum WaitKind { kBarrier = 1, kNamedBarrier, kClusterBarrier, kWarpgroup, kProducts };
+enum WaitKind { kBarrier = 1, kNamedBarrier, kWarpgroup, kProducts };
 
 /// What a Barrier holds.
 struct BarrierState {
@@ -35,7 +35,6 @@ struct KnownBarrier {
   Barrier value;
   unsigned initialiser;
   bool is_made_known;
-  bool is_known_to_cluster = false;
 };
 
 /// On its way: rows of a box, or one row of bytes.
@@ -54,12 +53,6 @@ struct NamedBarrier {
   int num_arrived = 0, num_threads = 0;
   uint64_t num_phases = 0;
   uint32_t num_counted = 0, last_count = 0;  // of this phase, and of the last one
-};
-
-/// Where all threads of a cluster meet.
-struct ClusterBarrier {
-  unsigned num_arrived = 0;
-  uint64_t num_phases = 0;
 };
 
 /// Of a warpgroup.
@@ -99,7 +92,6 @@ struct BlockState {
   std::map<Barrier*, KnownBarrier> barriers;
   std::vector<Copy> copies;
   std::array<NamedBarrier, 16> named_barriers;
-  ClusterBarrier cluster_barrier;  // of the block of rank 0
   std::vector<Warpgroup> groups;
   uint64_t num_products = 0;
 };
@@ -150,26 +142,6 @@ BarrierState read(Barrier& barrier, const char* what) {
   return std::bit_cast<BarrierState>(barrier);
 }
 
-/// The same place in the running block and in others of its cluster.
-template <class T>
-class Place {
- public:
-  explicit Place(T* shared) : offset_(offset(shared)) {}
-  T* get() const { return reinterpret_cast<T*>(dynamic_shared() + offset_); }
-
- private:
-  int64_t offset_;
-};
-
-/// For a thread of another block.
-void check_known_to_cluster(Barrier& barrier, const char* what) {
-  const auto known = state().barriers.find(&barrier);
-  if (known == state().barriers.end() || !known->second.is_known_to_cluster) {
-    fail(std::string(what) + ": no sync_cluster since the mbarrier at " + byte_of(&barrier) +
-         " was initialised and made known");
-  }
-}
-
 void change(Barrier& barrier, int num_arrivals, int bytes) {
   constexpr int kMostBytes = (1 << 20) - 1;
   auto to = std::bit_cast<BarrierState>(barrier);
@@ -204,26 +176,6 @@ void start_copy(const Copy& copy) {
   read(*copy.barrier, "a copy");
   state().copies.push_back(copy);
   std::memset(copy.to, 0xff, static_cast<size_t>(copy.num_bytes));
-}
-/// To all blocks of a cluster of `num_ctas`.
-void start_copies(Copy copy, int num_ctas) {
-  if (num_ctas == 1) return start_copy(copy);
-  if (num_ctas != cluster_blocks()) {
-    fail("a copy for " + std::to_string(num_ctas) + " blocks of a cluster of " +
-         std::to_string(cluster_blocks()));
-  }
-  ++num_shared_boxes;
-  const Place<Barrier> barrier(copy.barrier);
-  const Place<unsigned char> to(copy.to);
-  for (int rank = 0; rank < num_ctas; ++rank) {
-    in_block_of_cluster(rank, [&] {
-      copy.barrier = barrier.get();
-      copy.to = to.get();
-      check_known_to_cluster(*copy.barrier, "a copy");
-      start_copy(copy);
-    });
-  }
-  note_progress();
 }
 
 /// Rows of 64 elements, their 16-byte chunks swizzled; zeros past the ends of the tensor.
@@ -547,7 +499,6 @@ std::string describe(const Wait& wait) {
              ", where " + std::to_string(own.num_arrived) + " of " +
              std::to_string(own.num_threads) + " threads have arrived";
     }
-    case kClusterBarrier: return "sync_cluster, for the other threads of the cluster";
     case kWarpgroup: return "wgmma, for the other threads of the warpgroup";
     case kProducts: return "wgmma_wait";
     default: return "";
@@ -656,14 +607,6 @@ void arrive_expecting(Barrier& barrier, uint32_t bytes) {
   emulator::read(barrier, "arrive_expecting");
   emulator::change(barrier, 1, static_cast<int>(bytes));
 }
-void arrive_at(Barrier& barrier, uint32_t rank) {
-  const emulator::Place<Barrier> place(&barrier);
-  emulator::in_block_of_cluster(static_cast<int>(rank), [&] {
-    emulator::check_known_to_cluster(*place.get(), "arrive_at");
-    emulator::change(*place.get(), 1, 0);
-  });
-  emulator::note_progress();
-}
 void wait(Barrier& barrier, uint32_t parity) {
   const void* const site = __builtin_return_address(0);
   if (parity > 1) fail("wait: a parity is 0 or 1, not " + std::to_string(parity));
@@ -701,37 +644,6 @@ uint32_t count_named(int idx, int num_threads, bool is_counted) {
   return barrier.last_count;
 }
 
-void sync_cluster() {
-  const void* const site = __builtin_return_address(0);
-  const auto of_cluster = [] {
-    emulator::ClusterBarrier* barrier = nullptr;
-    emulator::in_block_of_cluster(0, [&] { barrier = &emulator::state().cluster_barrier; });
-    return barrier;
-  };
-  const auto action = [](uint64_t value) {
-    auto& own = *reinterpret_cast<emulator::ClusterBarrier*>(value);
-    const auto num_blocks = static_cast<unsigned>(emulator::cluster_blocks());
-    own.num_arrived += emulator::kWarpSize;
-    if (own.num_arrived < blockDim.x * num_blocks) return;
-    own = {.num_arrived = 0, .num_phases = own.num_phases + 1};
-    for (int rank = 0; rank < emulator::cluster_blocks(); ++rank) {
-      emulator::in_block_of_cluster(rank, [&] {
-        for (auto& [barrier, known] : emulator::state().barriers) {
-          known.is_known_to_cluster = known.is_made_known;
-        }
-        emulator::wake(
-            [](const emulator::Wait& wait, int) { return wait.kind == emulator::kClusterBarrier; });
-      });
-    }
-    emulator::note_progress();
-  };
-  emulator::ClusterBarrier& barrier = *of_cluster();
-  const uint64_t phase = barrier.num_phases;
-  emulator::meet_whole_warp("sync_cluster", reinterpret_cast<uint64_t>(&barrier), action, site);
-  if (barrier.num_phases != phase) return;
-  emulator::park({.kind = emulator::kClusterBarrier, .at = &barrier, .value = phase, .site = site});
-}
-
 bool elect_one() {
   static uint64_t elected = 0;  // a lane of the warp that met last, which goes on at once
   const auto action = [](uint64_t) {
@@ -749,8 +661,8 @@ bool elect_one() {
 namespace emulator {
 namespace {
 
-void start_box(int num_ctas, void* shared, const CUtensorMap& encoded, Barrier& barrier, int32_t d,
-               int32_t n, int64_t num_rows, bool is_cut, int32_t h, int32_t b, const void* site) {
+void start_box(void* shared, const CUtensorMap& encoded, Barrier& barrier, int32_t d, int32_t n,
+               int64_t num_rows, bool is_cut, int32_t h, int32_t b, const void* site) {
   EmulatedTensorMap map;
   std::memcpy(&map, &encoded, sizeof(map));
   if (map.is_cut != is_cut) fail("load_box: this map is for the other kind of boxes");
@@ -762,28 +674,28 @@ void start_box(int num_ctas, void* shared, const CUtensorMap& encoded, Barrier& 
   }
   const int64_t first = d + n * map.strides[1] + h * map.strides[2] + b * map.strides[3];
   ++num_boxes;
-  start_copies({.barrier = &barrier,
-                .to = static_cast<unsigned char*>(shared),
-                .from = map.data + first * 2,
-                .num_bytes = num_bytes,
-                .is_box = true,
-                .map = map,
-                .d = d,
-                .n = n,
-                .num_rows = num_rows,
-                .site = site},
-               num_ctas);
+  start_copy({.barrier = &barrier,
+              .to = static_cast<unsigned char*>(shared),
+              .from = map.data + first * 2,
+              .num_bytes = num_bytes,
+              .is_box = true,
+              .map = map,
+              .d = d,
+              .n = n,
+              .num_rows = num_rows,
+              .site = site});
 }
 
 }  // namespace
+}  // namespace emulator
 
-void load_box(int num_ctas, void* shared, const CUtensorMap& map, Barrier& barrier, int32_t d,
-              int32_t n, int32_t h, int32_t b) {
+void load_box(void* shared, const CUtensorMap& map, Barrier& barrier, int32_t d, int32_t n,
+              int32_t h, int32_t b) {
   constexpr int64_t kAll = 256;
-  start_box(num_ctas, shared, map, barrier, d, n, kAll, false, h, b, __builtin_return_address(0));
+  emulator::start_box(shared, map, barrier, d, n, kAll, false, h, b, __builtin_return_address(0));
 }
-void load_cut_box(int num_ctas, void* shared, const CUtensorMap& map, Barrier& barrier, int32_t d,
-                  int32_t n, int32_t num_rows, int32_t box_rows, int32_t h, int32_t b) {
+void load_cut_box(void* shared, const CUtensorMap& map, Barrier& barrier, int32_t d, int32_t n,
+                  int32_t num_rows, int32_t box_rows, int32_t h, int32_t b) {
   EmulatedTensorMap own;
   std::memcpy(&own, &map, sizeof(own));
   if (box_rows != own.box_rows || num_rows < 0 || num_rows > box_rows || n < 0 ||
@@ -791,11 +703,9 @@ void load_cut_box(int num_ctas, void* shared, const CUtensorMap& map, Barrier& b
     fail("load_cut_box: rows " + std::to_string(n) + " to " + std::to_string(n + num_rows) +
          " in boxes of " + std::to_string(box_rows) + " rows");
   }
-  start_box(num_ctas, shared, map, barrier, d, n, num_rows, true, h, b,
-            __builtin_return_address(0));
+  emulator::start_box(shared, map, barrier, d, n, num_rows, true, h, b,
+                      __builtin_return_address(0));
 }
-
-}  // namespace emulator
 
 void load_bytes(void* shared, const void* global, uint32_t bytes, Barrier& barrier) {
   emulator::check_shared(shared, bytes, 16, "load_bytes");

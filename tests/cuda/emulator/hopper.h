@@ -9,8 +9,6 @@
 //     multiprocessors (set_device).
 //   - Barriers that were not initialised, not made known, initialised twice or overwritten;
 //     arrivals that a barrier does not expect; threads that do not agree on a named barrier.
-//   - Copies to and arrivals at another block of the cluster before its barriers were made known to
-//     it (sync_cluster) or after it has ended; copies for as many blocks as the cluster has not.
 //   - Whole warps at wgmma_*, elect_one, named barriers and setmaxnreg, whole warpgroups with the
 //     same operands at products; registers that the multiprocessor does not have.
 //   - Products: shared memory that changes while they read it, registers of D that are written
@@ -21,8 +19,7 @@
 //   thread
 //     of the block can go on: all copies to one barrier for which a thread waits, or the products
 //     for which a warp waits. In the order `reverse` products come first, at random either.
-//   - A copy fills its destination with 0xff at once. It reads its source when it delivers. One for
-//     all blocks of a cluster is a copy in each of them, which delivers when that block waits.
+//   - A copy fills its destination with 0xff at once. It reads its source when it delivers.
 //   - A product takes A from registers when it starts. It reads shared memory when it is waited
 //   for;
 //     D is NaN from its start until each warp has waited.
@@ -47,7 +44,6 @@ void init(Barrier& barrier, uint32_t num_arrivals);
 void fence_barrier_init();
 void arrive(Barrier& barrier);
 void arrive_expecting(Barrier& barrier, uint32_t bytes);
-void arrive_at(Barrier& barrier, uint32_t rank);
 void wait(Barrier& barrier, uint32_t parity);
 /// Who polls looks again, before or after other warps go on.
 void post(uint32_t& word, uint32_t value);
@@ -58,7 +54,6 @@ void arrive_named(int idx, int num_threads);
 inline void sync_named_warps(int idx, int num_threads) { sync_named(idx, num_threads); }
 inline void arrive_named_warps(int idx, int num_threads) { arrive_named(idx, num_threads); }
 uint32_t count_named(int idx, int num_threads, bool is_counted);
-void sync_cluster();
 
 // Registers and lanes -----------------------------------------------------------------------------
 
@@ -89,24 +84,12 @@ struct EmulatedTensorMap {
 static_assert(sizeof(EmulatedTensorMap) <= sizeof(CUtensorMap));
 
 namespace emulator {
-// Since the program began: whether Hopper's kernels ran, and in clusters.
-extern int64_t num_boxes, num_shared_boxes;
-void load_box(int num_ctas, void* shared, const CUtensorMap& map, Barrier& barrier, int32_t d,
-              int32_t n, int32_t h, int32_t b);
-void load_cut_box(int num_ctas, void* shared, const CUtensorMap& map, Barrier& barrier, int32_t d,
-                  int32_t n, int32_t num_rows, int32_t box_rows, int32_t h, int32_t b);
-}  // namespace emulator
-template <int kCtas = 1>
-__forceinline__ void load_box(void* shared, const CUtensorMap& map, Barrier& barrier, int32_t d,
-                              int32_t n, int32_t h, int32_t b) {
-  emulator::load_box(kCtas, shared, map, barrier, d, n, h, b);
+extern int64_t num_boxes;  // since the program began: whether Hopper's kernels ran
 }
-template <int kCtas = 1>
-__forceinline__ void load_cut_box(void* shared, const CUtensorMap& map, Barrier& barrier, int32_t d,
-                                  int32_t n, int32_t num_rows, int32_t box_rows, int32_t h,
-                                  int32_t b) {
-  emulator::load_cut_box(kCtas, shared, map, barrier, d, n, num_rows, box_rows, h, b);
-}
+void load_box(void* shared, const CUtensorMap& map, Barrier& barrier, int32_t d, int32_t n,
+              int32_t h, int32_t b);
+void load_cut_box(void* shared, const CUtensorMap& map, Barrier& barrier, int32_t d, int32_t n,
+                  int32_t num_rows, int32_t box_rows, int32_t h, int32_t b);
 /// Of data that is read once: a hint.
 __forceinline__ void load_box_once(void* shared, const CUtensorMap& map, Barrier& barrier,
                                    int32_t d, int32_t n, int32_t h, int32_t b) {
