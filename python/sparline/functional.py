@@ -523,11 +523,12 @@ def _alpha_rows(call: _Call) -> Tensor:
     else:
         # Learned for blocks or for tokens; interpolated within each sequence.
         has_tokens = call.recipe.alpha_shape == "token"
-        values = logit[:, :0]
+        parts = []
         for sequence in dict.fromkeys(block.sequence for block in rows.blocks):
             blocks = [b for b in rows.blocks if b.sequence == sequence]
             wanted = sum(b.end - b.begin for b in blocks) if has_tokens else len(blocks)
-            values = torch.cat([values, stretch(logit, wanted)], dim=1)
+            parts.append(stretch(logit, wanted))
+        values = parts[0] if len(parts) == 1 else torch.cat([logit[:, :0], *parts], dim=1)
         if not has_tokens:
             values = values[:, rows.block_of_row]
     return values.expand(batch, num_heads, length)
@@ -538,11 +539,20 @@ def stretch(values: Tensor, length: int) -> Tensor:
     if values.shape[1] == length:
         return values
     # Written out, because the gradient of F.interpolate adds up in no fixed order on a GPU.
-    last = values.shape[1] - 1
-    at = torch.linspace(0.0, last, length, dtype=torch.float64, device=values.device)
+    num_values, length = plain((values.shape[1], length))
+    low, high, share = _stretched_places(num_values, length, values.dtype, values.device)
+    return torch.lerp(values[:, low], values[:, high], share)
+
+
+@kept
+def _stretched_places(
+    num_values: int, length: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Between which two of ``num_values`` each of ``length`` lies, and how far from the first."""
+    last = num_values - 1
+    at = torch.linspace(0.0, last, length, dtype=torch.float64, device=device)
     low = at.floor().long().clamp(max=max(last - 1, 0))
-    share = (at - low).to(values.dtype)
-    return torch.lerp(values[:, low], values[:, (low + 1).clamp(max=last)], share)
+    return low, (low + 1).clamp(max=last), (at - low).to(dtype)
 
 
 # VSA's coarse branch ----------------------------------------------------------------------------
