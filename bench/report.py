@@ -271,7 +271,8 @@ def render_gpu_targets(rows: list[dict[str, Any]]) -> str:
         is_skipping = row["method"] == "dynsparse" and row["tile_sparsity"]
         if is_skipping and row["pass"] == "fwd" and row["ratio_own_dense"]:
             wanted = 0.9 / (1 - row["tile_sparsity"] / 2)
-            words = f"DynSparse that skips {row['tile_sparsity']:.0%}, forward"
+            by_rows = " by 64 rows" if "decide_rows=64" in row["setting"] else ""
+            words = f"DynSparse that skips {row['tile_sparsity']:.0%}{by_rows}, forward"
             measured = f"{row['ratio_own_dense']:.2f}×"
             add(words, f"≥ {wanted:.2f}× own dense", measured, row["ratio_own_dense"] >= wanted)
     return "\n".join(table) + "\n" if len(table) > 2 else ""
