@@ -164,15 +164,93 @@ class KeyRuns {
   bool is_protected_ = false;
 };
 
+/// What loaders of tiles and of runs share: copies, and what a skip rule does to a query block.
+template <class Traits>
+class SparseForwardSm90Copies {
+ protected:
+  static constexpr int kRunK = Traits::kRunK, kHeadDim = Traits::kHeadDim;
+  static constexpr uint32_t kRunBytes = kRunK * kHeadDim * 2;
+
+  __device__ SparseForwardSm90Copies(const SparseForwardSm90Params& params,
+                                     SparseForwardSm90Shared<Traits>& shared)
+      : params_(params), shared_(shared) {}
+
+  __device__ void load_queries(const BlockPlace& at) {
+    arrive_expecting(shared_.q_full, Traits::kTileQ * kHeadDim * 2);
+#pragma unroll
+    for (int slice = 0; slice < Traits::kSlices; ++slice) {
+      load_box(reinterpret_cast<unsigned char*>(shared_.q) + slice * Traits::kSliceBytesQ,
+               params_.q, shared_.q_full, slice * 64, at.begin, at.h, at.b);
+    }
+  }
+  /// Keys of a run, or values, to a slot, `offset` bytes from its begin. Values end with their
+  /// block: what comes after it may be infinite or NaN, which P = 0 would not take away. Scores of
+  /// the keys there are overwritten.
+  template <bool kIsValues>
+  __device__ __forceinline__ void load_run(const KeyRun& run, int slot, int offset,
+                                           const BlockPlace& at) {
+    load_run<kIsValues>(run, slot, offset, at, shared_.full[slot]);
+  }
+  template <bool kIsValues>
+  __device__ __forceinline__ void load_run(const KeyRun& run, int slot, int offset,
+                                           const BlockPlace& at, Barrier& full) {
+    if (kIsValues && run.num_keys < kRunK) {
+#pragma unroll
+      for (int slice = 0; slice < Traits::kSlices; ++slice) {
+        load_cut_box(place(slot, slice, offset), params_.cut_v, full, slice * 64, run.first_key,
+                     run.num_keys, kRunK, at.h_kv, at.b);
+      }
+    } else {
+      load_rows(kIsValues ? params_.v : params_.k, run.first_key, slot, offset, at.h_kv, at.b,
+                full);
+    }
+  }
+  __device__ __forceinline__ void load_rows(const CUtensorMap& map, int32_t first, int slot,
+                                            int offset, int32_t h, int32_t b, Barrier& full) {
+#pragma unroll
+    for (int slice = 0; slice < Traits::kSlices; ++slice) {
+      load_box(place(slot, slice, offset), map, full, slice * 64, first, h, b);
+    }
+  }
+  __device__ __forceinline__ unsigned char* place(int slot, int slice, int offset) {
+    return reinterpret_cast<unsigned char*>(shared_.slots[slot]) + slice * Traits::kSliceBytesK +
+           offset;
+  }
+
+  __device__ int num_list_words() const {
+    return (params_.forward.frame.keys.num_blocks + 31) / 32;
+  }
+  /// Bits of the key blocks that stay, behind the lists.
+  __device__ uint32_t* kept_words() const { return shared_.lists + 2 * num_list_words(); }
+  __device__ __forceinline__ void clear_kept_words() {
+    for (int w = lane_index(); w < num_list_words(); w += kWarpSize) kept_words()[w] = 0;
+  }
+  __device__ __forceinline__ void keep(int32_t j) {
+    if (lane_index() == 0) kept_words()[j / 32] |= 1u << (j % 32);
+  }
+
+  const SparseForwardSm90Params& params_;
+  SparseForwardSm90Shared<Traits>& shared_;
+};
+
 /// One warp loads queries and keys, another one values (kIsValues). The slots are taken in the
 /// order K0, K1, V0, K2, V1 and so on, as the products are. All lanes follow the loops, so that the
 /// compiler sees that what the copy engine is told is the same for all; one of them tells it.
 template <class Traits, bool kIsValues>
-class SparseForwardSm90Loader {
+class SparseForwardSm90Loader : SparseForwardSm90Copies<Traits> {
+  using Copies = SparseForwardSm90Copies<Traits>;
+  using Copies::keep;
+  using Copies::kept_words;
+  using Copies::kHeadDim;
+  using Copies::kRunK;
+  using Copies::load_rows;
+  using Copies::params_;
+  using Copies::shared_;
+
  public:
   __device__ SparseForwardSm90Loader(const SparseForwardSm90Params& params,
                                      SparseForwardSm90Shared<Traits>& shared)
-      : params_(params), shared_(shared) {
+      : Copies(params, shared) {
     if constexpr (kIsValues) {
       ring_.advance();
       ring_.advance();
@@ -215,7 +293,7 @@ class SparseForwardSm90Loader {
         if (!kIsValues && block >= 0) {
           wait(shared_.q_empty, q_parity ^ 1);
           q_parity ^= 1;
-          if (elect_one()) load_queries(at);
+          if (elect_one()) this->load_queries(at);
         }
         block = -1;
         if (second.num_keys == 0 && !is_tile_a_block()) break;
@@ -238,16 +316,7 @@ class SparseForwardSm90Loader {
 
  private:
   using Wish = Wishes<Traits::kSlots, Traits::kPlaces>;
-  static constexpr int kRunK = Traits::kRunK, kHeadDim = Traits::kHeadDim;
 
-  __device__ void load_queries(const BlockPlace& at) {
-    arrive_expecting(shared_.q_full, Traits::kTileQ * kHeadDim * 2);
-#pragma unroll
-    for (int slice = 0; slice < Traits::kSlices; ++slice) {
-      load_box(reinterpret_cast<unsigned char*>(shared_.q) + slice * Traits::kSliceBytesQ,
-               params_.q, shared_.q_full, slice * 64, at.begin, at.h, at.b);
-    }
-  }
   __device__ __forceinline__ void load(const KeyRun& first, const KeyRun& second,
                                        const BlockPlace& at, int32_t block) {
     wait(shared_.empty[ring_.slot], ring_.parity ^ 1);
@@ -269,7 +338,7 @@ class SparseForwardSm90Loader {
         }
         shared_.infos[ring_.slot] = {num_keys, block};
       }
-      arrive_expecting(shared_.full[ring_.slot], (has_second ? 2 : 1) * (kRunK * kHeadDim * 2));
+      arrive_expecting(shared_.full[ring_.slot], (has_second ? 2 : 1) * Copies::kRunBytes);
       Barrier& full = shared_.full[ring_.slot];
       load_run(first, 0, at, full);
       if (has_second) load_run(second, kRunK * 128, at, full);
@@ -288,20 +357,12 @@ class SparseForwardSm90Loader {
     return runs.template next<kRunK>();
   }
 
-  /// What the rule does to a query block: bits of key blocks behind the lists, and its votes.
-  __device__ uint32_t* kept_words() const { return shared_.lists + 2 * num_list_words(); }
-  __device__ int num_list_words() const {
-    return (params_.forward.frame.keys.num_blocks + 31) / 32;
-  }
   __device__ __forceinline__ void begin_record() {
     if constexpr (kIsValues && Traits::kHasSkip && !Traits::kIsApart) {
-      for (int w = lane_index(); w < num_list_words(); w += kWarpSize) kept_words()[w] = 0;
+      this->clear_kept_words();
       if (lane_index() == 0) shared_.votes.num_passes = 0;
       __syncwarp();
     }
-  }
-  __device__ __forceinline__ void keep(int32_t j) {
-    if (lane_index() == 0) kept_words()[j / 32] |= 1u << (j % 32);
   }
   __device__ __forceinline__ void count(int num_passes) {
     if (lane_index() == 0) shared_.votes.num_passes += num_passes;
@@ -335,7 +396,6 @@ class SparseForwardSm90Loader {
   /// SparseForwardSm90SkipRows::decide(), from the same votes.
   __device__ __forceinline__ void load_kept(const KeyRun& first, const KeyRun& second,
                                             const BlockPlace& at) {
-    constexpr uint32_t kRunBytes = kRunK * kHeadDim * 2;
     wait(shared_.empty[ring_.slot], ring_.parity ^ 1);
     const Result votes = result_of(0);
     count(votes.passes_first);
@@ -367,7 +427,7 @@ class SparseForwardSm90Loader {
       if (keeps_second) load_run(second, keeps_first ? kRunK * 128 : 0, at, full);
       const uint32_t num_runs = (keeps_first ? 1 : 0) + (keeps_second ? 1 : 0);
       if (num_runs > 0) {
-        arrive_expecting(full, num_runs * kRunBytes);
+        arrive_expecting(full, num_runs * Copies::kRunBytes);
       } else {
         arrive(full);
       }
@@ -411,7 +471,7 @@ class SparseForwardSm90Loader {
                                          int offset, const BlockPlace& at) {
     if (elect_one()) {
       if (is_wanted) {
-        arrive_expecting(full, kRunK * kHeadDim * 2);
+        arrive_expecting(full, Copies::kRunBytes);
         load_run(run, offset, at, full);
       } else {
         arrive(full);
@@ -432,7 +492,7 @@ class SparseForwardSm90Loader {
         arrive_expecting(full, kHeadDim * kHeadDim * 2);
 #pragma unroll
         for (int run = 0; run < kHeadDim / kRunK; ++run) {
-          load_rows(map, (is_ragged ? at.ragged * kHeadDim : at.begin) + run * kRunK,
+          load_rows(map, (is_ragged ? at.ragged * kHeadDim : at.begin) + run * kRunK, ring_.slot,
                     run * kRunK * 128, at.h, at.b, full);
         }
       } else {
@@ -450,34 +510,11 @@ class SparseForwardSm90Loader {
     if (kIsValues || !is_first_) ring_.advance();
     is_first_ = false;
   }
-  /// Values end with their block: what comes after it may be infinite or NaN, which P = 0 would not
-  /// take away. Scores of the keys there are overwritten.
   __device__ __forceinline__ void load_run(const KeyRun& run, int offset, const BlockPlace& at,
                                            Barrier& full) {
-    if (kIsValues && run.num_keys < kRunK) {
-#pragma unroll
-      for (int slice = 0; slice < Traits::kSlices; ++slice) {
-        load_cut_box(place(slice, offset), params_.cut_v, full, slice * 64, run.first_key,
-                     run.num_keys, kRunK, at.h_kv, at.b);
-      }
-    } else {
-      load_rows(kIsValues ? params_.v : params_.k, run.first_key, offset, at.h_kv, at.b, full);
-    }
-  }
-  __device__ __forceinline__ void load_rows(const CUtensorMap& map, int32_t first, int offset,
-                                            int32_t h, int32_t b, Barrier& full) {
-#pragma unroll
-    for (int slice = 0; slice < Traits::kSlices; ++slice) {
-      load_box(place(slice, offset), map, full, slice * 64, first, h, b);
-    }
-  }
-  __device__ __forceinline__ unsigned char* place(int slice, int offset) {
-    return reinterpret_cast<unsigned char*>(shared_.slots[ring_.slot]) +
-           slice * Traits::kSliceBytesK + offset;
+    Copies::template load_run<kIsValues>(run, ring_.slot, offset, at, full);
   }
 
-  const SparseForwardSm90Params& params_;
-  SparseForwardSm90Shared<Traits>& shared_;
   RingCursor<Traits::kSlots> ring_;
   bool is_first_ = true;
   uint32_t vote_parities_ = 0;  // with a skip rule: of the votes to come, a bit for each round

@@ -12,11 +12,17 @@ namespace sparline::cuda {
 /// that the compiler sees that what the copy engine is told is the same for all; one of them tells
 /// it.
 template <class Traits, bool kIsValues>
-class SparseForwardSm90RunLoader {
+class SparseForwardSm90RunLoader : SparseForwardSm90Copies<Traits> {
+  using Copies = SparseForwardSm90Copies<Traits>;
+  using Copies::kRunBytes;
+  using Copies::kRunK;
+  using Copies::params_;
+  using Copies::shared_;
+
  public:
   __device__ SparseForwardSm90RunLoader(const SparseForwardSm90Params& params,
                                         SparseForwardSm90Shared<Traits>& shared)
-      : params_(params), shared_(shared) {}
+      : Copies(params, shared) {}
 
   __device__ void run() {
     RingCursor<2> list;
@@ -25,8 +31,11 @@ class SparseForwardSm90RunLoader {
       const int32_t place = shared_.list_block[list.slot];
       if (place < 0) break;
       const BlockPlace& at = shared_.places[place];
-      KeyRuns runs(params_.forward.frame.keys, shared_.lists + list.slot * num_list_words());
-      if constexpr (kIsValues) begin_record();
+      KeyRuns runs(params_.forward.frame.keys, shared_.lists + list.slot * this->num_list_words());
+      if constexpr (kIsValues) {
+        this->clear_kept_words();
+        __syncwarp();
+      }
       // The first keys tell those who multiply that the block before has ended: its queries keep
       // their place until then. So these come after as many keys as there is room for then.
       constexpr int kBeforeQueries = Traits::kKeySlots - 1;
@@ -45,7 +54,7 @@ class SparseForwardSm90RunLoader {
       if (!kIsValues && num_runs < kBeforeQueries) wait_and_load_queries(at);
       if constexpr (kIsValues) {
         __syncwarp();
-        store_kept_bits(params_.forward, at.z, 0, kept_words());
+        store_kept_bits(params_.forward, at.z, 0, this->kept_words());
       }
       __syncwarp();
       if (elect_one()) arrive(shared_.list_empty[list.slot]);
@@ -61,20 +70,10 @@ class SparseForwardSm90RunLoader {
   }
 
  private:
-  static constexpr int kRunK = Traits::kRunK, kHeadDim = Traits::kHeadDim;
-  static constexpr uint32_t kRunBytes = kRunK * kHeadDim * 2;
-
   __device__ __forceinline__ void wait_and_load_queries(const BlockPlace& at) {
     wait(shared_.q_empty, q_parity_ ^ 1);
     q_parity_ ^= 1;
-    if (elect_one()) {
-      arrive_expecting(shared_.q_full, Traits::kTileQ * kHeadDim * 2);
-#pragma unroll
-      for (int slice = 0; slice < Traits::kSlices; ++slice) {
-        load_box(reinterpret_cast<unsigned char*>(shared_.q) + slice * Traits::kSliceBytesQ,
-                 params_.q, shared_.q_full, slice * 64, at.begin, at.h, at.b);
-      }
-    }
+    if (elect_one()) this->load_queries(at);
     __syncwarp();
   }
   /// Nobody is asked about such a run.
@@ -89,11 +88,7 @@ class SparseForwardSm90RunLoader {
       const auto num_keys = static_cast<uint32_t>(run.num_keys);
       shared_.infos[keys_.slot] = {num_keys | (is_sure(run, at) ? TileInfo::kIsKept : 0), block};
       arrive_expecting(shared_.full[keys_.slot], kRunBytes);
-#pragma unroll
-      for (int slice = 0; slice < Traits::kSlices; ++slice) {
-        load_box(place(keys_.slot, slice), params_.k, shared_.full[keys_.slot], slice * 64,
-                 run.first_key, at.h_kv, at.b);
-      }
+      Copies::template load_run<false>(run, keys_.slot, 0, at);
     }
     __syncwarp();
     keys_.advance();
@@ -112,41 +107,13 @@ class SparseForwardSm90RunLoader {
     wait(shared_.empty[slot], values_.parity ^ 1);
     if (elect_one()) {
       arrive_expecting(shared_.full[slot], kRunBytes);
-#pragma unroll
-      for (int slice = 0; slice < Traits::kSlices; ++slice) {
-        // Values end with their block: what comes after it may be infinite or NaN, which P = 0
-        // would not take away.
-        if (run.num_keys < kRunK) {
-          load_cut_box(place(slot, slice), params_.cut_v, shared_.full[slot], slice * 64,
-                       run.first_key, run.num_keys, kRunK, at.h_kv, at.b);
-        } else {
-          load_box(place(slot, slice), params_.v, shared_.full[slot], slice * 64, run.first_key,
-                   at.h_kv, at.b);
-        }
-      }
+      Copies::template load_run<true>(run, slot, 0, at);
     }
     __syncwarp();
     values_.advance();
-    if (run.num_keys > 0 && lane_index() == 0) {
-      kept_words()[run.block / 32] |= 1u << run.block % 32;
-    }
+    if (run.num_keys > 0) this->keep(run.block);
   }
 
-  /// What the rule does to a query block: bits of key blocks behind the lists.
-  __device__ uint32_t* kept_words() const { return shared_.lists + 2 * num_list_words(); }
-  __device__ int num_list_words() const {
-    return (params_.forward.frame.keys.num_blocks + 31) / 32;
-  }
-  __device__ __forceinline__ void begin_record() {
-    for (int w = lane_index(); w < num_list_words(); w += kWarpSize) kept_words()[w] = 0;
-    __syncwarp();
-  }
-  __device__ __forceinline__ unsigned char* place(int slot, int slice) {
-    return reinterpret_cast<unsigned char*>(shared_.slots[slot]) + slice * Traits::kSliceBytesK;
-  }
-
-  const SparseForwardSm90Params& params_;
-  SparseForwardSm90Shared<Traits>& shared_;
   RingCursor<Traits::kKeySlots> keys_, values_;
   uint32_t q_parity_ = 0;
   uint32_t turn_ = 1;  // the number of the next run
