@@ -24,25 +24,30 @@ class LinearProduct {
       : params_(params),
         shared_(shared),
         lane_(lane_index()),
-        row_(group * 64 + warp_index() % 4 * 16 + lane_ / 4) {}
+        row_(group * 64 + warp_index() % 4 * 16 + lane_ / 4),
+        next_bits_(params.bits + row_) {}
 
   __device__ void run() {
     // All of them: every CTA makes its share before it adds up anything.
     wait_for_count(params_.bits_made, gridDim.x * Traits::kSumWarps);
     __syncwarp();
-    load_first_bits(static_cast<int32_t>(blockIdx.x));
+    find_next_bits(static_cast<int32_t>(blockIdx.x));
+#pragma unroll
+    for (int n = 0; n < kAhead; ++n) load(next_[n], next_bits_, n);
     for (auto idx = static_cast<int32_t>(blockIdx.x); idx < params_.num_tiles;
          idx += static_cast<int32_t>(gridDim.x)) {
       const SumTile tile(params_, idx);
       SumRange range;
       for (bool is_left = next_range<Traits>(params_, tile.m, range); is_left;) {
         const SumRange own = range;
-        add_chunks(own.template num_chunks<Traits>());
         is_left = next_range<Traits>(params_, tile.m, range);
+        bits_ = next_bits_;
+        find_next_bits(is_left ? idx : idx + static_cast<int32_t>(gridDim.x));
+        add_chunks(own.template num_chunks<Traits>());
         if (!is_left && threadIdx.x % 128 == 0) {
           count_reads(params_.pair_done + tile.head / params_.linear.frame.group());
         }
-        store(tile, own, is_left ? idx : idx + static_cast<int32_t>(gridDim.x));
+        store(tile, own);
       }
     }
   }
@@ -58,37 +63,43 @@ class LinearProduct {
 
   /// The map of a chunk, rows g and g + 8.
   using Bits = uint2[2];
-  __device__ __forceinline__ void load(Bits& to) {
-    to[0] = __ldcg(bits_);
-    to[1] = __ldcg(bits_ + 8);
-    bits_ += kTileM;
+  /// The map is kAhead chunks ahead: where states fill L2's queues, it takes as long to come as the
+  /// products of two or three. Past a tile's last chunks come the first ones of the next one, so
+  /// that they are there when its sums have been stored: a store would wait for what was asked for
+  /// just before, with which it shares a scoreboard.
+  __device__ __forceinline__ void load(Bits& to, const uint2* bits, int32_t chunk) {
+    bits += min(chunk, params_.chunks - 1) * kTileM;
+    to[0] = __ldcg(bits);
+    to[1] = __ldcg(bits + 8);
   }
-  /// The map is kAhead chunks ahead, also of a tile's first ones: where states fill L2's queues, it
-  /// takes as long to come as the products of two or three.
-  __device__ __forceinline__ void load_first_bits(int32_t idx) {
+  /// Where the bits of tile `idx` are; past the last one, of any that is there.
+  __device__ __forceinline__ void find_next_bits(int32_t idx) {
     if (idx >= params_.num_tiles) return;
     const SumTile tile(params_, idx);
-    bits_ = params_.bits +
-            (int64_t{tile.head} * params_.tiles_m + tile.m) * params_.chunks * kTileM + row_;
-#pragma unroll
-    for (int n = 0; n < kAhead; ++n) {
-      if (n < params_.chunks) load(next_[n]);
-    }
+    next_bits_ = params_.bits +
+                 (int64_t{tile.head} * params_.tiles_m + tile.m) * params_.chunks * kTileM + row_;
   }
 
   __device__ __forceinline__ void add_chunks(int32_t num_chunks) {
 #pragma unroll
     for (int n = 0; n < kTileN / 2; ++n) sum_[n] = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kAhead; ++n) {
+      if (n >= num_chunks) load(next_[n], next_bits_, n);
+    }
     for (int32_t first = 0; first < num_chunks; first += kAhead) {
 #pragma unroll
       for (int n = 0; n < kAhead; ++n) {
         const int32_t chunk = first + n;
-        if (chunk < num_chunks) add_chunk(next_[n], chunk + kAhead < num_chunks);
+        if (chunk < num_chunks) {
+          add_chunk(next_[n], chunk + kAhead < num_chunks, chunk + kAhead, n);
+        }
       }
     }
   }
-  /// `own` then becomes the map of the chunk kAhead after it, if there is one.
-  __device__ __forceinline__ void add_chunk(Bits& own, bool has_more) {
+  /// `own` then becomes the map of the chunk `after`, if there is one, or of the next tile's chunk
+  /// n.
+  __device__ __forceinline__ void add_chunk(Bits& own, bool has_more, int32_t after, int n) {
     // All of A first: ptxas 13.0 waits for every product between whose start and end a register
     // of another one is written (C7513). The other warpgroup multiplies meanwhile.
     uint32_t a[Traits::kChunk / 4];
@@ -105,7 +116,7 @@ class LinearProduct {
     // Made here, and not between the products, where ptxas would wait for them.
 #pragma unroll
     for (int n = 0; n < Traits::kChunk / 4; ++n) asm volatile("" : "+r"(a[n]));
-    if (has_more) load(own);
+    load(own, has_more ? bits_ : next_bits_, has_more ? after : n);
     wait(shared_.sum_full[ring_.slot], ring_.parity);
     const uint32_t b =
         matrix_descriptor(shared_address(shared_.sum_slots[ring_.slot]), Traits::kSliceBytes);
@@ -121,12 +132,9 @@ class LinearProduct {
     ring_.advance();
   }
 
-  /// Stores the sums, and asks for the first bits of tile `next` once it is known where to:
-  /// what that takes would wait for the bits.
-  __device__ __forceinline__ void store(const SumTile& tile, const SumRange& range, int32_t next) {
+  __device__ __forceinline__ void store(const SumTile& tile, const SumRange& range) {
     if (tile.n == kHeadDim * kHeadDim / kTileN) {
       store_z(tile, range);
-      load_first_bits(next);
       return;
     }
     const Frame& frame = params_.linear.frame;
@@ -149,7 +157,6 @@ class LinearProduct {
         rows[half] = params_.ragged + matrix * kHeadDim * kHeadDim;
       }
     }
-    load_first_bits(next);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (rows[half] == nullptr) continue;
@@ -191,8 +198,9 @@ class LinearProduct {
   LinearSumsShared<Traits>& shared_;
   const int lane_, row_;
   RingCursor<Traits::kSumSlots> ring_;
-  const uint2* bits_ = nullptr;  // of the next chunk to ask for
-  Bits next_[kAhead] = {};       // of the next ones to multiply
+  const uint2* bits_ = nullptr;  // of the tile
+  const uint2* next_bits_;       // of the next one, or of any that is there
+  Bits next_[kAhead] = {};       // of the next chunks to multiply
   float sum_[kTileN / 2];
 };
 
