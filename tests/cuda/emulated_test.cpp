@@ -733,7 +733,9 @@ TEST(HopperSkip, ManyQueryBlocks) {
     const OrderByTurns order(++seed);
     Case c = long_rows_case(seed, 20 * 128 - 30, dim, 32, SkipReference::kRunningMax, 0);
     c.problem.batch = 1;
+    const int64_t before = cuda::emulator::num_boxes;
     check_inputs(c, skip_inputs(c));
+    EXPECT_GT(cuda::emulator::num_boxes, before) << describe(c);
   }
 }
 
