@@ -183,6 +183,15 @@ class SparseForwardSm90Copies {
                params_.q, shared_.q_full, slice * 64, at.begin, at.h, at.b);
     }
   }
+  /// Says in the next slot of keys that there are no more tiles.
+  template <class Ring>
+  __device__ __forceinline__ void end_tiles(const Ring& ring) {
+    wait(shared_.empty[ring.slot], ring.parity ^ 1);
+    if (elect_one()) {
+      shared_.infos[ring.slot] = {TileInfo::kEnd, -1};
+      arrive(shared_.full[ring.slot]);
+    }
+  }
   /// Keys of a run, or values, to a slot, `offset` bytes from its begin. Values end with their
   /// block: what comes after it may be infinite or NaN, which P = 0 would not take away. Scores of
   /// the keys there are overwritten.
@@ -305,13 +314,7 @@ class SparseForwardSm90Loader : SparseForwardSm90Copies<Traits> {
       if (elect_one()) arrive(shared_.list_empty[list.slot]);
       list.advance();
     }
-    if constexpr (!kIsValues) {
-      wait(shared_.empty[ring_.slot], ring_.parity ^ 1);
-      if (elect_one()) {
-        shared_.infos[ring_.slot] = {TileInfo::kEnd, -1};
-        arrive(shared_.full[ring_.slot]);
-      }
-    }
+    if constexpr (!kIsValues) this->end_tiles(ring_);
   }
 
  private:

@@ -60,13 +60,7 @@ class SparseForwardSm90RunLoader : SparseForwardSm90Copies<Traits> {
       if (elect_one()) arrive(shared_.list_empty[list.slot]);
       list.advance();
     }
-    if constexpr (!kIsValues) {
-      wait(shared_.empty[keys_.slot], keys_.parity ^ 1);
-      if (elect_one()) {
-        shared_.infos[keys_.slot] = {TileInfo::kEnd, -1};
-        arrive(shared_.full[keys_.slot]);
-      }
-    }
+    if constexpr (!kIsValues) this->end_tiles(keys_);
   }
 
  private:

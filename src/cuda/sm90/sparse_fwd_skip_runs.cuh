@@ -161,9 +161,7 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
   template <bool kHasValues, bool kHasNext>
   __device__ __forceinline__ void step(Run& run, Run& next) {
     const int k_slot = keys_.slot;
-    if constexpr (kHasNext) {
-      start_scores(next.s, k_slot);
-    }
+    if constexpr (kHasNext) start_scores(next.s, k_slot);
     float limit[2], top[2];
     find_limits(limit);
     if ((num_keys_ & TileInfo::kCounts) != kRunK) {
