@@ -223,16 +223,20 @@ class Experiment:
         print(f"{piece.name}: {told}, {result['minutes']:.1f} minutes", flush=True)
 
     def collect(self) -> None:
-        """results.jsonl from all finished pieces, with how alike their clips are to the dense
-        row's of the same seed."""
-        lines = []
+        """results.jsonl from all finished pieces, and once more with how alike their clips are to
+        the dense row's of the same seed: that takes minutes, in which a machine may be lost."""
+        self.write_results(lambda piece: {})
+        self.write_results(self.compare_clips)
         pieces = self.all_pieces()
-        for piece in [*pieces, *self.time_pieces()]:
+        print(f"{sum(map(self.is_done, pieces))} of {len(pieces)} pieces are done", flush=True)
+
+    def write_results(self, more_of: Callable[[Piece], dict[str, float]]) -> None:
+        lines = []
+        for piece in [*self.all_pieces(), *self.time_pieces()]:
             if self.is_done(piece):
                 result = json.loads((self.folder / piece.name / "result.json").read_text())
-                lines.append(json.dumps({**result, **self.compare_clips(piece)}) + "\n")
+                lines.append(json.dumps({**result, **more_of(piece)}) + "\n")
         (self.folder / "results.jsonl").write_text("".join(lines))
-        print(f"{sum(map(self.is_done, pieces))} of {len(pieces)} pieces are done", flush=True)
 
     def minutes_left(self) -> float:
         return (self.deadline - time.monotonic()) / 60.0

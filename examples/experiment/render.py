@@ -47,7 +47,8 @@ Measured by `examples/experiment/experiment.py`, rendered by `examples/experimen
 - **held-out loss** is the flow-matching loss of the averaged weights on fixed held-out clips with
   fixed noise and evenly spaced noise levels; **Δ dense** is the mean of the paired differences to
   dense of the same seed, in percent of dense, ± the standard error of that mean over clips; where
-  there are several runs (seeds, or starts), a range over them follows.
+  there are several runs (seeds, or starts), a range over them follows. Without ±: of the run only
+  the losses were kept, as its log has them.
 - **gap closed**: the share of sparse-only's Δ, at the same ratio and seed, that is not left.
 - **density** is the share of score elements (of tiles, for in-loop methods) that enter the softmax,
   as achieved, mean over layers.
@@ -172,6 +173,7 @@ def cells(same: list[Result], results: list[Result]) -> list[str]:
     closed = [c for r in same if (c := gap_closed(r, results)) is not None]
     errors = first.get("attention_relative_l1", {}).values()
     times = [r["ms"] for r in same if "ms" in r]  # of runs that had their GPU to themselves
+    peaks = [r["peak_bytes"] for r in same if "peak_bytes" in r]
     return [
         first["words"],
         str(len(same)),
@@ -183,7 +185,7 @@ def cells(same: list[Result], results: list[Result]) -> list[str]:
         pair(same, "clip"),
         f"{statistics.fmean(errors):.3f}" if errors else "",
         f"{statistics.fmean(times):.0f}" if times else "",
-        f"{max(r['peak_bytes'] for r in same) / 2**30:.1f}" if "peak_bytes" in first else "",
+        f"{max(peaks) / 2**30:.1f}" if peaks else "",
     ]
 
 
@@ -206,7 +208,7 @@ def levels_table(results: list[Result]) -> str:
     ]
     for r, *_ in by_row(r for r in results if r["seed"] == 0 and r["ratio"] in (ratio, None)):
         dense = partner(r, results)
-        if dense is not None and r is not dense:
+        if dense is not None and r is not dense and "held_out" in r:
             fifths = [100 * (a / b - 1) for a, b in zip(by_level(r), by_level(dense), strict=True)]
             words = r["words"] + (", no training" if r["is_free"] else "")
             lines.append(f"| {words} | " + " | ".join(f"{x:+.1f}" for x in fifths) + " |\n")
@@ -246,10 +248,13 @@ def partner(result: Result, results: list[Result], row: str = "dense") -> Result
 
 
 def delta(result: Result, results: list[Result]) -> tuple[float, float] | None:
-    """Mean paired difference to dense and its standard error, in percent of dense."""
+    """Mean paired difference to dense and its standard error, in percent of dense; the error is NaN
+    where the losses of single clips were not kept."""
     dense = partner(result, results)
     if dense is None or dense is result:
         return None
+    if "held_out" not in result or "held_out" not in dense:
+        return 100 * (result["held_out_loss"] / dense["held_out_loss"] - 1), math.nan
     pairs = zip(result["held_out"], dense["held_out"], strict=True)
     differences = [a[1] - b[1] for a, b in pairs]
     base = statistics.fmean(loss for _, loss in dense["held_out"])
@@ -262,14 +267,16 @@ def gap_closed(result: Result, results: list[Result]) -> float | None:
     if sparse is None or result["ratio"] is None or sparse is result or result["is_free"]:
         return None
     own, its = delta(result, results), delta(sparse, results)
-    if own is None or its is None or its[0] <= 2.0 * its[1]:
+    if own is None or its is None or its[0] <= 2.0 * its[1]:  # NaN: taken for a gap
         return None  # no gap that could be told from chance
     return 1.0 - own[0] / its[0]
 
 
 def delta_words(deltas: Sequence[tuple[float, float]]) -> str:
-    mean, error = (statistics.fmean(part) for part in zip(*deltas, strict=True))
-    words = f"{mean:+.2f} ± {error:.2f} %"
+    mean = statistics.fmean(d[0] for d in deltas)
+    errors = [d[1] for d in deltas if not math.isnan(d[1])]
+    error = f" ± {statistics.fmean(errors):.2f}" if errors else ""
+    words = f"{mean:+.2f}{error} %"
     if len(deltas) > 1:
         values = [d[0] for d in deltas]
         words += f" ({min(values):+.2f} to {max(values):+.2f})"
