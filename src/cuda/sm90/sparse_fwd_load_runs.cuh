@@ -18,6 +18,7 @@ class SparseForwardSm90RunLoader : SparseForwardSm90Copies<Traits> {
   using Copies::kRunK;
   using Copies::params_;
   using Copies::shared_;
+  using Votes = decltype(SparseForwardSm90Shared<Traits>::votes);
 
  public:
   __device__ SparseForwardSm90RunLoader(const SparseForwardSm90Params& params,
@@ -91,7 +92,8 @@ class SparseForwardSm90RunLoader : SparseForwardSm90Copies<Traits> {
   /// Values of a run, as soon as one warp wants it. Its keys' place is given back once this warp
   /// has decided too: until then no vote is cast in the place of those that it looks at.
   __device__ __forceinline__ void load_values(const KeyRun& run, const BlockPlace& at) {
-    const bool is_kept = is_sure(run, at) || any_wants(shared_.votes, turn_);
+    const bool is_kept =
+        is_sure(run, at) || wait_for_wish(shared_.votes, turn_ * 2, turn_ % Votes::kTurns) != 0;
     ++turn_;
     if (elect_one()) arrive(shared_.empty[keys_.slot]);
     __syncwarp();

@@ -134,15 +134,16 @@ struct RunVotes {
   }
 };
 
-/// Whether any warp wants a run: known with the first that does, or with the last vote.
+/// Whether any warp wants a run: known with the first that does, or with the last vote. A ballot
+/// of all lanes: not 0 if one does. `vote`: one without a wish; `turn`: its place.
 template <class Votes>
-__device__ __forceinline__ bool any_wants(const Votes& votes, uint32_t turn) {
+__device__ __forceinline__ uint32_t wait_for_wish(const Votes& votes, uint32_t vote,
+                                                  uint32_t turn) {
   [[maybe_unused]] int num_polls = 0;
   while (true) {
-    const uint32_t vote = posted(votes.words[turn % Votes::kTurns][lane_index() % Votes::kWarps]);
-    const bool is_wanted = __any_sync(kAllLanes, vote == turn * 2 + 1) != 0;
-    const bool is_known = __all_sync(kAllLanes, vote / 2 == turn) != 0;
-    if (is_wanted || is_known) return is_wanted;
+    const uint32_t found = posted(votes.words[turn][lane_index() % Votes::kWarps]);
+    const uint32_t wishes = __ballot_sync(kAllLanes, found == vote + 1);
+    if (wishes != 0 || __all_sync(kAllLanes, found == vote) != 0) return wishes;
 #ifdef SPARLINE_WATCHDOG
     if (++num_polls > SPARLINE_WATCHDOG) __trap();
 #endif

@@ -96,6 +96,7 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
     num_passes_ = 0;
     num_rows_ =
         static_cast<uint32_t>(min(max(shared_.places[block_].rows - this->warp_row_, 0), 16));
+    find_limits();
     start_scores(s, keys_.slot);
     wgmma_wait<0>();
     this->release(keys_.slot);
@@ -162,14 +163,16 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
   __device__ __forceinline__ void step(Run& run, Run& next) {
     const int k_slot = keys_.slot;
     if constexpr (kHasNext) start_scores(next.s, k_slot);
-    float limit[2], top[2];
-    find_limits(limit);
+    float top[2];
     if ((num_keys_ & TileInfo::kCounts) != kRunK) {
       this->template mask_keys<kRunK>(run.s, {num_keys_ & TileInfo::kCounts, 0});
     }
     this->is_raised_ = false;
     this->template find_lane_tops<0>(run.s, top);
-    const bool wants = cast(top, limit);
+    const bool is_sure = (num_keys_ & TileInfo::kIsKept) != 0;
+    const Wishes own = find_wishes(top);
+    const uint32_t wishes = own.all(is_sure);
+    cast(wishes);
     // After the vote, so that the others have it sooner.
     if constexpr (kHasValues) start_values(run);
     if constexpr (kHasNext) {
@@ -177,13 +180,15 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
       keys_.advance();
       read_next();
     }
-    // A vote, for ptxas to see that all lanes go the same way: or products wait for each other
-    // (C7520).
-    run.lanes = __ballot_sync(kAllLanes, wants || any_wants(shared_.votes, turn_));
-    ++turn_;
+    run.lanes = wishes != 0 ? wishes : wait_for_wish(shared_.votes, vote_, turn_);
+    vote_ += 2;
+    turn_ = (turn_ + 1) % Votes::kTurns;
+    if (!is_sure) num_passes_ += num_rows_;
     if (run.is_kept()) {
+      if (!is_sure) num_passes_ -= own.num_rows();
       this->template follow_tops<0>(top, is_running_max() ? 0.0f : Rows::kLazyLog2, run.s);
       this->template exponentials<0>(run.s);
+      find_limits();
     }
     const bool is_raised = this->is_raised_;
     if constexpr (kHasValues || kHasNext) wgmma_wait<0>();
@@ -211,31 +216,35 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
   }
 
   __device__ bool is_running_max() const { return p_.skip.reference == SkipReference::kRunningMax; }
-  /// What the next scores of the rows must reach, log2 units. Of rows without keys so far: -inf.
-  __device__ __forceinline__ void find_limits(float (&limit)[2]) const {
+  /// What scores of the rows must reach until a run stays, log2 units. Of rows without keys so far:
+  /// -inf.
+  __device__ __forceinline__ void find_limits() {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      // For both rules: without a branch it takes no time beside the maxima.
-      const float above = __log2f(quad_sum(row_sum_[half]));
-      limit[half] = row_max_[half] + (is_running_max() ? 0.0f : above) + threshold_log2_;
+      const float above = is_running_max() ? 0.0f : __log2f(quad_sum(row_sum_[half]));
+      limit_[half] = row_max_[half] + above + threshold_log2_;
     }
   }
-  /// Casts the warp's vote, whether a row is not below its limit. `top`: of this lane's columns.
-  __device__ __forceinline__ bool cast(const float (&top)[2], const float (&limit)[2]) {
-    // Of ballots alone, which tells ptxas that all lanes go the same way.
-    const uint32_t first = __ballot_sync(kAllLanes, is_row(0) && !(top[0] < limit[0]));
-    const uint32_t second = __ballot_sync(kAllLanes, is_row(1) && !(top[1] < limit[1]));
-    const bool is_sure = (num_keys_ & TileInfo::kIsKept) != 0;
-    const bool wants = (first | second) != 0 || is_sure;
-    if (lane_ == 0) {
-      post(shared_.votes.words[turn_ % Votes::kTurns][warp_index() - 4],
-           turn_ * 2 + (wants ? 1 : 0));
+  /// The lanes that hold a row of the lower or upper half which is not below its limit.
+  struct Wishes {
+    uint32_t lanes[2];
+    /// All where nobody is asked.
+    __device__ uint32_t all(bool is_sure) const {
+      return is_sure ? kAllLanes : (lanes[0] | lanes[1]);
     }
-    if (!is_sure) {
-      num_passes_ +=
-          num_rows_ - static_cast<uint32_t>(__popc(rows_of(first) | rows_of(second) << 1));
+    __device__ uint32_t num_rows() const {
+      return static_cast<uint32_t>(__popc(rows_of(lanes[0]) | rows_of(lanes[1]) << 1));
     }
-    return wants;
+  };
+  /// `top`: of this lane's columns. Of ballots alone, which tells ptxas that all lanes go the same
+  /// way.
+  __device__ __forceinline__ Wishes find_wishes(const float (&top)[2]) const {
+    return {{__ballot_sync(kAllLanes, is_row(0) && !(top[0] < limit_[0])),
+             __ballot_sync(kAllLanes, is_row(1) && !(top[1] < limit_[1]))}};
+  }
+  __device__ __forceinline__ void cast(uint32_t wishes) {
+    uint32_t& word = shared_.votes.words[turn_][lane_ % Votes::kWarps];
+    if (lane_ == warp_index() - 4) post(word, vote_ + (wishes != 0 ? 1 : 0));
   }
   /// The rows of lanes, a bit each.
   __device__ static uint32_t rows_of(uint32_t lanes) {
@@ -252,7 +261,9 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
   RingCursor<Traits::kKeySlots> keys_, values_;  // of the next run
   TileInfo next_;
   uint32_t num_keys_;        // TileInfo's, of the run whose scores are there
-  uint32_t turn_ = 1;        // the number of that run
+  uint32_t vote_ = 2;        // on that run, without a wish
+  uint32_t turn_ = 1;        // place of votes on it
+  float limit_[2];           // of this lane's rows
   uint32_t late_lanes_ = 0;  // not 0 if maxima have risen in the last run, by late_factor_
   uint32_t num_rows_;        // of this warp
   uint32_t num_passes_;      // how many of them did without a run
