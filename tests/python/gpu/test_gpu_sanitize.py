@@ -19,7 +19,7 @@ import torch
 from cases import CASES, Case, make_inputs
 from harness import move, to_cpu
 
-from sparline import SLA, SLA2, Dense
+from sparline import BLASST, SLA, SLA2, Dense, DynSparse
 
 pytestmark = pytest.mark.gpu
 
@@ -60,6 +60,24 @@ FAST: dict[str, Case] = {
     ),
     "fast-sla2-128": Case(
         SLA2(keep_ratio=0.4), num_queries=260, num_keys=260, head_dim=128, dtype="bfloat16"
+    ),
+    # The three kernels that skip: runs of 64 keys, tiles of two runs, groups of rows apart.
+    "fast-dynsparse-128": Case(
+        DynSparse(log_threshold=-1.0), num_queries=300, num_keys=330, head_dim=128, dtype="bfloat16"
+    ),
+    "fast-blasst-64": Case(
+        BLASST(log_threshold=-1.0, block_k=128),
+        num_queries=300,
+        num_keys=330,
+        head_dim=64,
+        dtype="bfloat16",
+    ),
+    "fast-dynsparse-apart-128": Case(
+        DynSparse(log_threshold=-1.0, decide_rows=64),
+        num_queries=300,
+        num_keys=330,
+        head_dim=128,
+        dtype="float16",
     ),
     "slow-sla-200": Case(
         SLA.sla1(keep_ratio=0.4), num_queries=100, num_keys=140, head_dim=200, dtype="bfloat16"
