@@ -171,8 +171,8 @@ struct Rows {
   const int32_t* order;
 };
 
-/// out = mean of the block's rows.
-void pool(const Rows& rows, int64_t b, int64_t h, const Block& block, float* out) {
+/// out = sum of the block's rows.
+void sum_rows(const Rows& rows, int64_t b, int64_t h, const Block& block, float* out) {
   HWY_ALIGN float row[256 + kPadFloats];
   const int64_t num = rows.x.shape[3];
   std::fill(out, out + pad(num), 0.0f);
@@ -180,7 +180,11 @@ void pool(const Rows& rows, int64_t b, int64_t h, const Block& block, float* out
     rows.load(b, h, block.begin + r, row);
     add_scaled(num, 1.0f, row, out);
   }
-  scale_row(num, 1.0f / static_cast<float>(block.rows), out);
+}
+
+/// A sum of the block's rows becomes their mean.
+void divide_by_rows(int64_t num, const Block& block, float* sum) {
+  scale_row(num, 1.0f / static_cast<float>(block.rows), sum);
 }
 
 /// row / |row|; a row of zeros stays.
@@ -209,15 +213,16 @@ float similarity(const Rows& rows, int64_t b, int64_t h, const Block& block, con
   return dot(num, sum, sum);
 }
 
-/// out += mean over the rows of some blocks, from the means of the blocks.
+/// out += mean over the rows of some blocks, from their sums: the bits that means_of_sequences()
+/// gives the operator.
 void mean_of_blocks(const std::vector<Block>& blocks, BlockRange range, int64_t head_dim,
-                    const float* pooled, int64_t ld, float* out) {
+                    const float* sums, int64_t ld, float* out) {
   int64_t num_rows = 0;
-  for (int64_t j = range.begin; j < range.end; ++j) num_rows += blocks[j].rows;
   for (int64_t j = range.begin; j < range.end; ++j) {
-    add_scaled(head_dim, static_cast<float>(blocks[j].rows) / static_cast<float>(num_rows),
-               pooled + j * ld, out);
+    num_rows += blocks[j].rows;
+    add_scaled(head_dim, 1.0f, sums + j * ld, out);
   }
+  scale_row(head_dim, 1.0f / static_cast<float>(num_rows), out);
 }
 
 /// projection = Wq^T Wk: with it on the side of the queries, pooled keys need no projection of
@@ -251,26 +256,28 @@ void Route(const Plan& plan, const RouteArgs& args, std::byte* workspace, const 
 
   run_tasks(plan, stream, num_kv_pairs * num_key_blocks, [&](int64_t task, int64_t) {
     const int64_t pair = task / num_key_blocks, j = task % num_key_blocks;
-    pool(k, pair / p.num_kv_heads, pair % p.num_kv_heads, plan.key_blocks[j],
-         space.pooled_k + task * ld);
+    sum_rows(k, pair / p.num_kv_heads, pair % p.num_kv_heads, plan.key_blocks[j],
+             space.pooled_k + task * ld);
   });
   run_tasks(plan, stream, num_pairs * num_query_blocks, [&](int64_t task, int64_t) {
     HWY_ALIGN const float zero[256 + kPadFloats] = {};
     const int64_t pair = task / num_query_blocks, i = task % num_query_blocks;
     const int64_t b = pair / p.num_heads, h = pair % p.num_heads;
-    pool(q, b, h, plan.query_blocks[i], space.pooled_q + task * ld);
+    sum_rows(q, b, h, plan.query_blocks[i], space.pooled_q + task * ld);
+    divide_by_rows(dim, plan.query_blocks[i], space.pooled_q + task * ld);
     space.is_alike_q[task] = is_alike(q, b, h, plan.query_blocks[i], zero);
   });
   run_tasks(plan, stream, num_kv_pairs, [&](int64_t pair, int64_t) {
+    const int64_t b = pair / p.num_kv_heads, h = pair % p.num_kv_heads;
     float* const pooled = space.pooled_k + pair * num_key_blocks * ld;
     for (BlockRange range; range.end < num_key_blocks;) {
       range = blocks_of_sequence(plan.key_blocks, plan.key_blocks[range.end].sequence);
       HWY_ALIGN float mean[256 + kPadFloats] = {};
       if (rule.smooth_k) mean_of_blocks(plan.key_blocks, range, dim, pooled, ld, mean);
       for (int64_t j = range.begin; j < range.end; ++j) {
+        divide_by_rows(dim, plan.key_blocks[j], pooled + j * ld);
         add_scaled(dim, -1.0f, mean, pooled + j * ld);
-        space.is_alike_k[pair * num_key_blocks + j] =
-            is_alike(k, pair / p.num_kv_heads, pair % p.num_kv_heads, plan.key_blocks[j], mean);
+        space.is_alike_k[pair * num_key_blocks + j] = is_alike(k, b, h, plan.key_blocks[j], mean);
       }
     }
     // Unscaled: softmax_scale changes no order, but its rounding would break ties.
