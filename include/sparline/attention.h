@@ -133,6 +133,9 @@ bool has_feature_weights(const Problem& problem);
 /// Rows of bits that one query block takes in tile_bits and kept_bits: ceil(block_q / rows), where
 /// rows 0 stands for block_q.
 int64_t bit_groups(const Problem& problem, int rows);
+/// The sequence numbers that the segments of either axis name, ascending: S of them. Row s of a
+/// k_mean is that of number s of the list.
+std::vector<int32_t> sequence_numbers(const Problem& problem);
 /// The segments of one axis cut into blocks; `segments` empty stands for one sequence of `length`
 /// rows.
 std::vector<Block> make_blocks(std::span<const Segment> segments, int64_t length, int block_rows);
@@ -242,6 +245,8 @@ struct RouteArgs {
   TensorView query_order{};  // int32 (1, 1, 1, N_q), as in ForwardArgs
   TensorView key_order{};    // int32 (1, 1, 1, N_k)
   TensorView block_class;    // out, int8 (B, H, T_m, T_n): 1 critical, 0 marginal, -1 negligible
+  TensorView k_mean{};  // out, float32 (B, H_kv, S, D): the mean key of each sequence, 0 for one
+                        // without keys; optional, only if rule.smooth_k
 };
 
 /// SoftTop-k (SLA2 Eq. 17): per row of scores x, m_j = sigmoid(x_j / tau + lambda) with lambda such
@@ -292,6 +297,9 @@ struct ForwardArgs {
   TensorView tile_order{};   // int32 (1, 1, T_m, T_n): the order in which key blocks are visited, a
                             // permutation of [0, T_n) per row, strides may be 0. Absent: ascending.
                             // Only with skip or low_bit, whose results depend on it
+  TensorView k_mean{};  // float32 (B, H_kv, S, D), aligned to 8 bytes: the mean keys of k, as
+                        // route() gives them. Absent: found again, with the same bits. Only if
+                        // problem.smooth_k
   Weights weights{};
   TensorView o;            // out, (B, H, N_q, D), every element written
   TensorView lse;          // out, float32 (1, B, H, N_q): natural log of the critical sum; -inf
@@ -317,6 +325,7 @@ struct BackwardArgs {
   TensorView tile_bits{};
   TensorView query_order{};
   TensorView key_order{};
+  TensorView k_mean{};  // as in ForwardArgs; gradients are those through the mean of k all the same
   Weights weights{};
   TensorView d_q;            // out
   TensorView d_k;            // out

@@ -2,6 +2,7 @@
 //
 // What follows from a Problem alone.
 #include <algorithm>
+#include <set>
 
 #include "sparline/attention.h"
 
@@ -22,6 +23,15 @@ int64_t feature_dim(const Problem& problem) {
 
 int64_t bit_groups(const Problem& problem, int rows) {
   return rows == 0 ? 1 : (problem.block_q + rows - 1) / rows;
+}
+
+std::vector<int32_t> sequence_numbers(const Problem& problem) {
+  std::set<int32_t> numbers;
+  for (const auto* segments : {&problem.query_segments, &problem.key_segments}) {
+    if (segments->empty()) numbers.insert(Segment{}.sequence);
+    for (const Segment& segment : *segments) numbers.insert(segment.sequence);
+  }
+  return {numbers.begin(), numbers.end()};
 }
 
 std::vector<Block> make_blocks(std::span<const Segment> segments, int64_t length, int block_rows) {

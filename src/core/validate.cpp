@@ -83,6 +83,7 @@ struct Argument {
   Shape shape;
   bool is_output = false;
   bool is_packed = false;  // row-major without gaps
+  int64_t alignment_bytes = 1;
 };
 
 /// Bytes from the first to past the last element.
@@ -160,6 +161,10 @@ void validate_argument(const std::string& call, const Argument& arg) {
   require(reinterpret_cast<uintptr_t>(view.data) % size_bytes(view.dtype) == 0,
           name + " must be aligned to its element size", text("an odd address"),
           "Copy it to an aligned address.");
+  const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(view.data) %
+                                         static_cast<uintptr_t>(arg.alignment_bytes));
+  require(past == 0, name + " must be aligned to " + text(arg.alignment_bytes) + " bytes",
+          "an address " + text(past) + " past such a one", "Copy it to an aligned address.");
   require(std::ranges::all_of(view.stride, [](int64_t stride) { return stride >= 0; }),
           name + " must have no negative stride", view.stride, "Copy it to a row-major tensor.");
   double extent = 1.0;
@@ -262,6 +267,15 @@ void add_where(std::vector<Argument>& args, const std::string& call, bool is_use
   } else {
     validate_absent(call, arg.name, *arg.view, because);
   }
+}
+
+void add_k_mean(std::vector<Argument>& args, const std::string& call, const Problem& p,
+                bool smooth_k, const TensorView& k_mean, bool is_output) {
+  const Shape shape{p.batch, p.num_kv_heads, std::ssize(sequence_numbers(p)), p.head_dim};
+  add_where(args, call, static_cast<bool>(k_mean) && smooth_k,
+            {"k_mean", &k_mean, DType::kF32, shape, is_output, /*is_packed=*/true,
+             /*alignment_bytes=*/8},
+            "unless smooth_k is on");
 }
 
 void add_orders(std::vector<Argument>& args, const Problem& p, const TensorView& query_order,
@@ -474,6 +488,7 @@ void validate(const Plan& plan, const RouteArgs& args, std::span<const std::byte
   add_projection("proj_q", args.proj_q, args.proj_k);
   add_projection("proj_k", args.proj_k, args.proj_q);
   add_orders(list, p, args.query_order, args.key_order);
+  add_k_mean(list, "route", p, rule.smooth_k, args.k_mean, /*is_output=*/true);
   validate_arguments("route", list, workspace, plan.route_workspace_bytes);
   validate_permutations("route", plan, "query_order", args.query_order);
   validate_permutations("route", plan, "key_order", args.key_order);
@@ -525,6 +540,7 @@ void validate(const Plan& plan, const ForwardArgs& args, std::span<const std::by
             static_cast<bool>(args.tile_order) && (has_skip || p.low_bit.is_enabled),
             {"tile_order", &args.tile_order, DType::kI32, {1, 1, map[2], map[3]}},
             "unless the problem has a skip rule or low_bit, whose results depend on it");
+  add_k_mean(list, "forward", p, p.smooth_k, args.k_mean, /*is_output=*/false);
   add_where(list, "forward", has_skip,
             {"kept_bits", &args.kept_bits, DType::kU8, bits_shape(plan, p.skip.rows),
              /*is_output=*/true},
@@ -565,6 +581,7 @@ void validate(const Plan& plan, const BackwardArgs& args, std::span<const std::b
              bits_shape(plan, has_skip ? p.skip.rows : p.bit_rows)},
             "when bit_rows is 0 and there is no skip rule");
   add_orders(list, p, args.query_order, args.key_order);
+  add_k_mean(list, "backward", p, p.smooth_k, args.k_mean, /*is_output=*/false);
   add_where(list, "backward", p.block_map == BlockMap::kSoft,
             {"d_block_map", &args.d_block_map, DType::kF32, block_class_shape(plan),
              /*is_output=*/true},

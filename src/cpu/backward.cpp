@@ -95,13 +95,15 @@ class Wave {
                space.has_skip ? p_.skip.rows : p_.bit_rows),
         query_order_(args.query_order),
         key_order_(args.key_order),
+        sequences_(space.plan.problem),
+        finds_mean_(p_.smooth_k && !args.k_mean),
         is_soft_(p_.block_map == BlockMap::kSoft),
         feature_tiles_(space.feature_tiles(args.weights)),
         first_(first),
         num_slots_(num_slots) {}
 
   void run() const {
-    if (p_.smooth_k) {
+    if (finds_mean_) {
       run_tasks(plan_, stream_, num_slots_ * kChunks,
                 [&](int64_t task, int64_t) { load_keys(task); });
       means_of_slots();
@@ -158,7 +160,8 @@ class Wave {
     });
   }
 
-  /// Loads a chunk of k and v; with smoothing leaves the block sums of k in k_mean.
+  /// Loads a chunk of k and v, and into k_mean the mean keys or, where they are still to be found,
+  /// the block sums of k.
   void load_keys(int64_t task) const {
     const int64_t n = task / kChunks, ld = space_.ld, b = batch_of(n), h_kv = kv_head_of(n);
     const BackwardSpace::Slot slot = space_.slot(n);
@@ -168,8 +171,11 @@ class Wave {
       const int64_t at = block.begin * ld;
       load_rows(args_.k, b, h_kv, block.begin, block.rows, 1.0f, slot.k + at, ld, key_order_);
       load_rows(args_.v, b, h_kv, block.begin, block.rows, 1.0f, slot.v + at, ld, key_order_);
-      if (p_.smooth_k) {
+      if (finds_mean_) {
         column_sums(slot.k + at, ld, block.rows, p_.head_dim, slot.k_mean + j * ld);
+      } else if (p_.smooth_k) {
+        load_rows(args_.k_mean, b, h_kv, sequences_[block.sequence], 1, 1.0f, slot.k_mean + j * ld,
+                  ld);
       }
     }
   }
@@ -179,7 +185,7 @@ class Wave {
     const int64_t n = task / kChunks, chunk = task % kChunks, ld = space_.ld;
     const BackwardSpace::Slot slot = space_.slot(n);
     const BackwardSpace::Worker w = space_.worker(worker);
-    if (!p_.smooth_k) load_keys(task);
+    if (!finds_mean_) load_keys(task);
     if (space_.is_hedgehog) {
       std::fill_n(slot.d_feature + chunk * space_.grad_floats, space_.grad_floats, 0.0f);
     }
@@ -549,6 +555,8 @@ class Wave {
   const Stream& stream_;
   const BlockPairs pairs_;
   const RowOrder query_order_, key_order_;
+  const SequenceRows sequences_;
+  const bool finds_mean_;  // of the keys; else it is given, or not needed
   const bool is_soft_;
   const FeatureWeightTiles feature_tiles_;
   const int64_t first_, num_slots_;

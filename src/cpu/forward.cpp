@@ -300,7 +300,9 @@ void Forward(const Plan& plan, const ForwardArgs& args, std::byte* workspace,
   const ForwardSpace space(plan, workspace);
   const BlockPairs pairs(plan, args.block_map, args.tile_bits, problem.bit_rows);
   const RowOrder query_order(args.query_order), key_order(args.key_order);
+  const SequenceRows sequences(problem);
   const bool is_low_bit = problem.low_bit.is_enabled;
+  const bool finds_mean = problem.smooth_k && !args.k_mean;
   const int64_t head_dim = problem.head_dim, ld = space.ld, features = space.num_features;
   const int64_t num_query_blocks = space.num_query_blocks, num_key_blocks = space.num_key_blocks;
   const int64_t group = space.group, mask_floats = num_query_blocks * space.ld_mask;
@@ -329,7 +331,11 @@ void Forward(const Plan& plan, const ForwardArgs& args, std::byte* workspace,
                 key_order);
       load_rows(args.v, batch_of(n), kv_head_of(n), block.begin, block.rows, 1.0f, v, ld,
                 key_order);
-      if (problem.smooth_k) column_sums(k, ld, block.rows, head_dim, slot.k_mean + j * ld);
+      if (finds_mean) column_sums(k, ld, block.rows, head_dim, slot.k_mean + j * ld);
+      if (args.k_mean) {
+        load_rows(args.k_mean, batch_of(n), kv_head_of(n), sequences[block.sequence], 1, 1.0f,
+                  slot.k_mean + j * ld, ld);
+      }
       if (is_low_bit) column_peaks(v, ld, block.rows, head_dim, slot.v_step + j * ld);
     };
     const auto finish_keys = [&](int64_t task, int64_t worker) {
@@ -352,11 +358,11 @@ void Forward(const Plan& plan, const ForwardArgs& args, std::byte* workspace,
         quantise_values(slot.v_step + j * ld, ld, block.rows, head_dim, v);
       }
     };
-    if (problem.smooth_k || is_low_bit) {  // which need a whole sequence before they can finish
+    if (finds_mean || is_low_bit) {  // which need a whole sequence before they can finish
       run_tasks(plan, stream, wave * num_key_blocks, load_keys);
       run_tasks(plan, stream, wave, [&](int64_t n, int64_t) {
         const ForwardSpace::Slot slot = space.slot(n);
-        if (problem.smooth_k) means_of_sequences(plan.key_blocks, head_dim, ld, slot.k_mean);
+        if (finds_mean) means_of_sequences(plan.key_blocks, head_dim, ld, slot.k_mean);
         if (!is_low_bit) return;
         steps_of_sequences(plan.key_blocks, head_dim, ld,
                            static_cast<float>(problem.low_bit.v_range), slot.v_step);

@@ -5,6 +5,7 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 #include "sparline/attention.h"
 
@@ -36,6 +37,18 @@ inline BlockRange blocks_of_sequence(const std::vector<Block>& blocks, int32_t s
   const auto end = std::lower_bound(begin, blocks.end(), sequence + 1, before);
   return {begin - blocks.begin(), end - blocks.begin()};
 }
+
+/// The rows of a k_mean, one for each sequence.
+class SequenceRows {
+ public:
+  explicit SequenceRows(const Problem& problem) : numbers_(sequence_numbers(problem)) {}
+  int64_t operator[](int32_t sequence) const {
+    return std::lower_bound(numbers_.begin(), numbers_.end(), sequence) - numbers_.begin();
+  }
+
+ private:
+  std::vector<int32_t> numbers_;
+};
 
 /// Part `part` of `num_parts` even parts of [0, count).
 constexpr BlockRange share(int64_t count, int64_t part, int64_t num_parts) {

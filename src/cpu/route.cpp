@@ -247,6 +247,7 @@ void Route(const Plan& plan, const RouteArgs& args, std::byte* workspace, const 
   const int64_t num_key_blocks = static_cast<int64_t>(plan.key_blocks.size());
   const int64_t num_kv_pairs = p.batch * p.num_kv_heads, num_pairs = p.batch * p.num_heads;
   const Rows q(args.q, args.query_order), k(args.k, args.key_order);
+  const SequenceRows sequences(p);
   const bool checks_similarity = rule.min_similarity > 0.0;  // none is below 0
   const auto is_alike = [&](const Rows& rows, int64_t b, int64_t h, const Block& block,
                             const float* mean) {
@@ -270,10 +271,15 @@ void Route(const Plan& plan, const RouteArgs& args, std::byte* workspace, const 
   run_tasks(plan, stream, num_kv_pairs, [&](int64_t pair, int64_t) {
     const int64_t b = pair / p.num_kv_heads, h = pair % p.num_kv_heads;
     float* const pooled = space.pooled_k + pair * num_key_blocks * ld;
+    for (int64_t s = 0; s < args.k_mean.shape[2]; ++s) {
+      std::fill_n(args.k_mean.row<float>(b, h, s), dim, 0.0f);
+    }
     for (BlockRange range; range.end < num_key_blocks;) {
-      range = blocks_of_sequence(plan.key_blocks, plan.key_blocks[range.end].sequence);
+      const int32_t sequence = plan.key_blocks[range.end].sequence;
+      range = blocks_of_sequence(plan.key_blocks, sequence);
       HWY_ALIGN float mean[256 + kPadFloats] = {};
       if (rule.smooth_k) mean_of_blocks(plan.key_blocks, range, dim, pooled, ld, mean);
+      if (args.k_mean) std::copy_n(mean, dim, args.k_mean.row<float>(b, h, sequences[sequence]));
       for (int64_t j = range.begin; j < range.end; ++j) {
         divide_by_rows(dim, plan.key_blocks[j], pooled + j * ld);
         add_scaled(dim, -1.0f, mean, pooled + j * ld);

@@ -17,7 +17,7 @@ struct BackwardSpace {
   Frame frame;
   bool is_linear, is_soft;
   RowStats stats;
-  float* k_mean;       // (B, H_kv, num_sequences, D), if keys are smoothed
+  float* k_mean;       // (B, H_kv, num_sequences, D), if keys are smoothed: where it is found
   float* d_k_sums;     // (B, H_kv, T_n, D), likewise: of the linear branch
   float* d_k_mean;     // (B, H_kv, num_sequences, D), likewise
   float* d_block_map;  // (B, H, T_m, T_n), under a soft map
@@ -107,9 +107,8 @@ void backward(const Plan& plan, const BackwardArgs& args, std::byte* workspace, 
       .adds_linear = space.is_linear,
       .d_block_map = d_block_map.data};
   if (p.smooth_k) {
-    find_k_mean(plan, space.frame, sparse.k, reinterpret_cast<float*>(space.scratch), space.k_mean,
-                stream);
-    sparse.k_mean = space.k_mean;
+    sparse.k_mean = find_k_mean(plan, space.frame, sparse.k, args.k_mean,
+                                reinterpret_cast<float*>(space.scratch), space.k_mean, stream);
   }
   row_stats(sparse, stream);
   if (d_block_map.data != nullptr) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The stages of the forward (docs/math.md, "Forward"):
-//   block tables, where segments need them; the mean key, if keys are smoothed
+//   block tables, where segments need them; the mean key of smoothed keys, unless it is given
 //   o_s and lse of all heads; under low bit wave by wave, after the codes of its keys and values
 //   wave by wave, o_s in o becomes the combination with o_l
 // or, where Hopper's kernels serve both branches, the sums of the linear branch of all heads first,
@@ -79,7 +79,7 @@ const char* why_linear_is_portable(const Plan& plan, const Frame& frame) {
 struct ForwardSpace {
   Frame frame;
   bool is_low_bit, is_linear, has_sparse;
-  float* k_mean;        // (B, H_kv, num_sequences, D), if keys are smoothed
+  float* k_mean;        // (B, H_kv, num_sequences, D), if keys are smoothed: where it is found
   float* row_votes;     // (B, H, T_m), under a skip rule
   uint32_t* num_taken;  // where Hopper's forward may serve, else null
   bool has_sums;        // whether the linear branch may take that road
@@ -199,9 +199,8 @@ void forward(const Plan& plan, const ForwardArgs& args, std::byte* workspace, vo
   };
   if (!space.has_sums) clear_num_taken();  // well before the forward, which would wait for it
   if (p.smooth_k) {
-    find_k_mean(plan, space.frame, sparse.k, reinterpret_cast<float*>(space.scratch), space.k_mean,
-                stream);
-    sparse.k_mean = space.k_mean;
+    sparse.k_mean = find_k_mean(plan, space.frame, sparse.k, args.k_mean,
+                                reinterpret_cast<float*>(space.scratch), space.k_mean, stream);
   }
   LinearParams linear = linear_params(plan, space.frame);
   linear.q = sparse.q;

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/host.h"
 
-#include <set>
-
 #include "cuda/device.h"
 
 namespace sparline::cuda {
@@ -27,13 +25,6 @@ bool is_plain(const Problem& problem) {
   const auto& keys = problem.key_segments;
   return queries.size() == 1 && keys.size() == 1 && !queries[0].is_protected &&
          !keys[0].is_protected && queries[0].sequence == keys[0].sequence;
-}
-
-int32_t count_sequences(const Problem& problem) {
-  std::set<int32_t> sequences;
-  for (const Segment& segment : problem.query_segments) sequences.insert(segment.sequence);
-  for (const Segment& segment : problem.key_segments) sequences.insert(segment.sequence);
-  return static_cast<int32_t>(sequences.size());
 }
 
 }  // namespace
@@ -102,7 +93,7 @@ Frame take_frame(const Plan& plan, Arena& arena) {
   const Problem& p = plan.problem;
   const auto num_query_blocks = static_cast<int32_t>(plan.query_blocks.size());
   const auto num_key_blocks = static_cast<int32_t>(plan.key_blocks.size());
-  const int32_t num_sequences = is_plain(p) ? 1 : count_sequences(p);
+  const auto num_sequences = static_cast<int32_t>(sequence_numbers(p).size());
   const auto take_table = [&](int32_t num_blocks) {
     return is_plain(p) ? nullptr : arena.take<BlockInfo>(num_blocks);
   };
@@ -166,12 +157,14 @@ void set_weights(LinearParams& params, const Weights& weights, const TensorView&
   params.alpha_logit = scalars_of(weights.alpha_logit, query_order);
 }
 
-void find_k_mean(const Plan& plan, const Frame& frame, const Rows& k, float* sums, float* means,
-                 void* stream) {
+const float* find_k_mean(const Plan& plan, const Frame& frame, const Rows& k,
+                         const TensorView& given, float* sums, float* means, void* stream) {
+  if (given) return floats(given);
   const Problem& p = plan.problem;
   const int num_heads = static_cast<int>(p.num_kv_heads);
   block_sums(frame, frame.keys, p.dtype, k, num_heads, sums, stream);
   sequence_means(frame, frame.keys, num_heads, sums, means, stream);
+  return means;
 }
 
 }  // namespace sparline::cuda

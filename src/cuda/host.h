@@ -77,10 +77,10 @@ bool has_protected_queries(const Plan& plan);
 LinearParams linear_params(const Plan& plan, const Frame& frame);
 void set_weights(LinearParams& params, const Weights& weights, const TensorView& query_order);
 
-/// The mean keys of all sequences (B, H_kv, num_sequences, D) into `means`; `sums`: scratch of
-/// (B, H_kv, T_n, D).
-void find_k_mean(const Plan& plan, const Frame& frame, const Rows& k, float* sums, float* means,
-                 void* stream);
+/// Where the mean keys of all sequences are, (B, H_kv, num_sequences, D): the caller's, or those
+/// that it finds and leaves in `means`. `sums`: scratch of (B, H_kv, T_n, D).
+const float* find_k_mean(const Plan& plan, const Frame& frame, const Rows& k,
+                         const TensorView& given, float* sums, float* means, void* stream);
 
 // Waves ------------------------------------------------------------------------------------------
 

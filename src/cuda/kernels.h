@@ -46,6 +46,7 @@ struct RouteParams {
   const float* proj_k = nullptr;
   int64_t proj_stride_h = 0;  // 0: shared by heads
   PairMap block_class;        // out, int8; data is written
+  float* k_mean = nullptr;    // out (B, H_kv, num_sequences, D), or null; only if rule.smooth_k
 };
 /// common/route.cu. Workspace: route_bytes.
 int64_t route_bytes(const Frame& frame, const RouteRule& rule, bool has_projections);

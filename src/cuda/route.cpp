@@ -62,7 +62,8 @@ void route(const Plan& plan, const RouteArgs& args, std::byte* workspace, void* 
                      .rule = args.rule,
                      .proj_q = floats(args.proj_q),
                      .proj_k = floats(args.proj_k),
-                     .block_class = map_of(p, args.block_class)};
+                     .block_class = map_of(p, args.block_class),
+                     .k_mean = floats(args.k_mean)};
   params.block_class.is_soft = false;
   const bool is_q_shared = args.proj_q.shape[1] == 1, is_k_shared = args.proj_k.shape[1] == 1;
   if (args.proj_q && !(is_q_shared && is_k_shared)) {

@@ -204,6 +204,7 @@ Case random_case(uint64_t seed) {
   c.has_proj_bias = dice.chance(0.7);
   c.shares_block_map = dice.chance(0.15);
   draw_features(dice, c);
+  c.brings_k_mean = dice.chance(0.5);
   return c;
 }
 
@@ -216,12 +217,12 @@ std::string describe(const Case& c) {
       << p.softmax_scale << " " << name(p.combine) << " map " << (p.block_map != BlockMap::kNone)
       << (c.shares_block_map ? " shared" : "") << " " << name(p.feature_map) << " "
       << name(p.linear_scope) << " eps " << p.epsilon << " bias " << c.has_proj_bias << " "
-      << name(c.layout) << " smooth_k " << p.smooth_k << " order " << c.has_query_order
-      << c.has_key_order << c.has_tile_order << " soft " << (p.block_map == BlockMap::kSoft)
-      << " bit_rows " << p.bit_rows << " skip " << static_cast<int>(p.skip.reference) << " "
-      << p.skip.log_threshold << " " << p.skip.rows << " low_bit " << p.low_bit.is_enabled << " "
-      << p.low_bit.q_rows << " magnitude " << c.magnitude << " queries " << text(p.query_segments)
-      << " keys " << text(p.key_segments);
+      << name(c.layout) << " smooth_k " << p.smooth_k << c.brings_k_mean << " order "
+      << c.has_query_order << c.has_key_order << c.has_tile_order << " soft "
+      << (p.block_map == BlockMap::kSoft) << " bit_rows " << p.bit_rows << " skip "
+      << static_cast<int>(p.skip.reference) << " " << p.skip.log_threshold << " " << p.skip.rows
+      << " low_bit " << p.low_bit.is_enabled << " " << p.low_bit.q_rows << " magnitude "
+      << c.magnitude << " queries " << text(p.query_segments) << " keys " << text(p.key_segments);
   return out.str();
 }
 
@@ -334,6 +335,10 @@ Outputs run(const Case& c, const Inputs& in, std::string* misuse, const Executor
   const TensorView query_order_view = view_over(query_order, DType::kI32, {1, 1, 1, p.num_queries});
   const TensorView key_order_view = view_over(key_order, DType::kI32, {1, 1, 1, p.num_keys});
   const WeightTensors weights(in.weights, /*is_output=*/false);
+  const bool brings_router_mean = p.smooth_k && c.brings_k_mean && in.k_mean.empty();
+  const Array means = brings_router_mean ? run_k_mean(c, in, misuse, executor) : in.k_mean;
+  const GuardedTensor k_mean = means.empty() ? GuardedTensor() : GuardedTensor(DType::kF32, means);
+  const std::vector<std::byte> k_mean_before = k_mean.bytes();
 
   const GuardedTensor o(p.dtype, in.q.shape, c.layout);
   const GuardedTensor lse(DType::kF32, {1, p.batch, p.num_heads, p.num_queries});
@@ -353,6 +358,7 @@ Outputs run(const Case& c, const Inputs& in, std::string* misuse, const Executor
            .query_order = query_order_view,
            .key_order = key_order_view,
            .tile_order = view_over(tile_order, DType::kI32, {1, 1, rows, columns}),
+           .k_mean = k_mean.view(),
            .weights = weights.views,
            .o = o.view(),
            .lse = lse.view(),
@@ -386,6 +392,7 @@ Outputs run(const Case& c, const Inputs& in, std::string* misuse, const Executor
             .tile_bits = has_skip ? kept_bits.view() : tile_bits,
             .query_order = query_order_view,
             .key_order = key_order_view,
+            .k_mean = k_mean.view(),
             .weights = weights.views,
             .d_q = d_q.view(),
             .d_k = d_k.view(),
@@ -398,10 +405,11 @@ Outputs run(const Case& c, const Inputs& in, std::string* misuse, const Executor
   report(misuse, "backward d_v", d_v.misuse());
   if (d_soft_map.view()) report(misuse, "backward d_block_map", d_soft_map.misuse());
   report(misuse, "backward", backward_space.misuse());
-  const bool is_untouched =
-      q.bytes() == q_before && k.bytes() == k_before && v.bytes() == v_before &&
-      o.bytes() == o_before && classes == in.block_class && bits == in.tile_bits &&
-      query_order == in.query_order && key_order == in.key_order && tile_order == in.tile_order;
+  const bool is_untouched = q.bytes() == q_before && k.bytes() == k_before &&
+                            v.bytes() == v_before && o.bytes() == o_before &&
+                            k_mean.bytes() == k_mean_before && classes == in.block_class &&
+                            bits == in.tile_bits && query_order == in.query_order &&
+                            key_order == in.key_order && tile_order == in.tile_order;
   if (!is_untouched) *misuse += "an input was written\n";
 
   Outputs out{.o = o.load(),
@@ -427,23 +435,61 @@ Outputs run(const Case& c, const Inputs& in, std::string* misuse, const Executor
   return out;
 }
 
-std::vector<int8_t> run_route(const Case& c, const Array& q_values, const Array& k_values,
-                              std::string* misuse, const Executor& executor) {
+namespace {
+
+void call_route(const Case& c, const RouteRule& rule, const Inputs& in,
+                const GuardedTensor& classes, const GuardedTensor& k_mean, std::string* misuse,
+                const Executor& executor) {
   const Problem& p = c.problem;
   const Plan plan = sparline::plan(p, {.device = c.device, .num_threads = executor.num_threads});
-  const GuardedTensor q(p.dtype, q_values, c.layout);
-  const GuardedTensor k(p.dtype, k_values, c.layout);
-  const GuardedTensor block_class(
-      DType::kI8,
-      {p.batch, p.num_heads, int64_t(plan.query_blocks.size()), int64_t(plan.key_blocks.size())});
+  const GuardedTensor q(p.dtype, in.q, c.layout), k(p.dtype, in.k, c.layout);
+  std::vector<int32_t> query_order = in.query_order, key_order = in.key_order;
   GuardedWorkspace space(plan.route_workspace_bytes);
-  route(plan, {.q = q.view(), .k = k.view(), .rule = c.rule, .block_class = block_class.view()},
+  route(plan,
+        {.q = q.view(),
+         .k = k.view(),
+         .rule = rule,
+         .query_order = view_over(query_order, DType::kI32, {1, 1, 1, p.num_queries}),
+         .key_order = view_over(key_order, DType::kI32, {1, 1, 1, p.num_keys}),
+         .block_class = classes.view(),
+         .k_mean = k_mean.view()},
         space.span(), {.executor = &executor});
-  report(misuse, "route", block_class.misuse());
+  report(misuse, "route", classes.misuse());
+  if (k_mean.view()) report(misuse, "route k_mean", k_mean.misuse());
   report(misuse, "route", space.misuse());
+}
+
+GuardedTensor classes_of(const Problem& p) {
+  const auto num_blocks = [](const std::vector<Segment>& segments, int64_t length, int rows) {
+    return std::ssize(make_blocks(segments, length, rows));
+  };
+  return {DType::kI8,
+          {p.batch, p.num_heads, num_blocks(p.query_segments, p.num_queries, p.block_q),
+           num_blocks(p.key_segments, p.num_keys, p.block_k)}};
+}
+
+}  // namespace
+
+std::vector<int8_t> run_route(const Case& c, const Array& q, const Array& k, std::string* misuse,
+                              const Executor& executor) {
+  Inputs in;
+  in.q = q;
+  in.k = k;
+  const GuardedTensor block_class = classes_of(c.problem);
+  call_route(c, c.rule, in, block_class, {}, misuse, executor);
   std::vector<int8_t> classes;
   for (double value : block_class.load().data) classes.push_back(static_cast<int8_t>(value));
   return classes;
+}
+
+Array run_k_mean(const Case& c, const Inputs& in, std::string* misuse, const Executor& executor) {
+  const Problem& p = c.problem;
+  RouteRule rule = c.rule;
+  rule.smooth_k = true;
+  const GuardedTensor k_mean(
+      DType::kF32, {p.batch, p.num_kv_heads, std::ssize(sequence_numbers(p)), p.head_dim});
+  call_route(c, rule, in, classes_of(p), k_mean, misuse, executor);
+  return k_mean.load();
 }
 
 double error(const Array& got, const Array& want, double floor) {

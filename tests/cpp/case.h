@@ -25,6 +25,7 @@ struct Case {
   bool has_query_order = false;
   bool has_key_order = false;
   bool has_tile_order = false;
+  bool brings_k_mean = false;  // where keys are smoothed: the router's mean keys
 };
 
 /// Any legal problem: ragged, packed, protected, grouped, strided, reordered, with bits, skipped
@@ -45,6 +46,10 @@ oracle::Outputs run(const Case& c, const oracle::Inputs& inputs, std::string* mi
 /// The classes that route() finds.
 std::vector<int8_t> run_route(const Case& c, const oracle::Array& q, const oracle::Array& k,
                               std::string* misuse, const Executor& executor = default_executor(2));
+
+/// The mean keys that route() finds for the forward and the backward.
+oracle::Array run_k_mean(const Case& c, const oracle::Inputs& inputs, std::string* misuse,
+                         const Executor& executor = default_executor(2));
 
 /// max |got - want| over max(|want|, floor): the one metric of these tests. NaN is infinitely
 /// wrong.

@@ -42,6 +42,7 @@ struct Inputs {
   Array soft_map;                   // (B, H, T_m, T_n); empty without a soft map
   std::vector<uint8_t> tile_bits;   // (B, H, T_m G, ceil(T_n / 8)); empty without bits
   std::vector<int32_t> query_order, key_order, tile_order;  // empty: ascending
+  Array k_mean;  // (B, H_kv, S, D), not for the oracle; empty: as the case says
   /// With a skip rule: the tiles that the library kept. A decision near the threshold may go either
   /// way, and everything after it follows; so the oracle takes the decisions over and checks each.
   std::vector<uint8_t> kept_bits;

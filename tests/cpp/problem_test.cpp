@@ -56,6 +56,15 @@ TEST(Problem, FeatureWeightsBelongToALinearBranch) {
   EXPECT_FALSE(has_feature_weights(problem));
 }
 
+TEST(Sequences, AreThoseThatEitherAxisNames) {
+  Problem problem{.num_queries = 50, .num_keys = 70};
+  EXPECT_EQ(sequence_numbers(problem), std::vector<int32_t>{0});
+  problem.query_segments = {{0, 20, -3, true}, {20, 20, 4, false}, {20, 50, 7, false}};
+  EXPECT_EQ(sequence_numbers(problem), (std::vector<int32_t>{-3, 0, 4, 7}));
+  problem.key_segments = {{0, 30, 4, false}, {30, 70, 4, true}, {70, 70, 9, false}};
+  EXPECT_EQ(sequence_numbers(problem), (std::vector<int32_t>{-3, 4, 7, 9}));
+}
+
 TEST(BitGroups, CoverTheQueryBlock) {
   const Problem problem{.block_q = 33};
   EXPECT_EQ(bit_groups(problem, 0), 1);

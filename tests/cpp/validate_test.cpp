@@ -431,6 +431,47 @@ TEST_F(ValidateArguments, EveryRowOfTileOrderIsAPermutation) {
   EXPECT_NO_THROW(validate(plan_, forward_, workspace()));
 }
 
+TEST_F(ValidateArguments, MeanKeysAreThereOnlyWhereKeysAreSmoothed) {
+  const auto means = [&](std::array<int64_t, 4> shape) {
+    return contiguous_view(memory(22), DType::kF32, shape);
+  };
+  plan_.route_workspace_bytes = plan_.forward_workspace_bytes = plan_.backward_workspace_bytes = 0;
+  const auto set_means = [&](const TensorView& k_mean) {
+    route_.k_mean = forward_.k_mean = backward_.k_mean = k_mean;
+  };
+  const auto expect_all_to_say = [&](const std::string& error) {
+    EXPECT_CONTAINS(route_error(), "route: k_mean must " + error);
+    EXPECT_CONTAINS(forward_error(), "forward: k_mean must " + error);
+    EXPECT_CONTAINS(backward_error(), "backward: k_mean must " + error);
+  };
+  set_means(means({2, 2, 1, 8}));
+  route_.rule.smooth_k = false;
+  expect_all_to_say("be absent unless smooth_k is on, got a tensor. Drop it, or ");
+  route_.rule.smooth_k = plan_.problem.smooth_k = true;
+  EXPECT_NO_THROW(validate(plan_, route_, workspace()));
+  EXPECT_NO_THROW(validate(plan_, forward_, workspace()));
+  EXPECT_NO_THROW(validate(plan_, backward_, workspace()));
+  plan_.problem.key_segments = {{0, 30, 0, false}, {30, 70, 2, false}};
+  expect_all_to_say("have shape (2, 2, 2, 8), got (2, 2, 1, 8). ");
+  plan_.problem.query_segments = {{0, 50, 1, false}};  // without keys
+  set_means(means({2, 2, 3, 8}));
+  EXPECT_NO_THROW(validate(plan_, forward_, workspace()));
+  TensorView bad = means({2, 2, 3, 8});
+  bad.dtype = DType::kBF16;
+  set_means(bad);
+  expect_all_to_say("have dtype float32, got bfloat16. ");
+  bad = means({2, 2, 3, 8});
+  bad.stride[2] = 9;
+  set_means(bad);
+  expect_all_to_say("be row-major without gaps, got (48, 24, 9, 1). Make it contiguous.");
+  bad = means({2, 2, 3, 8});
+  bad.data = static_cast<char*>(bad.data) + 4;
+  set_means(bad);
+  expect_all_to_say("be aligned to 8 bytes, got an address 4 past such a one. ");
+  set_means(contiguous_view(route_.k.data, DType::kF32, {2, 2, 3, 8}));
+  EXPECT_CONTAINS(route_error(), "route: k_mean is written, so it must not overlap k, got shared");
+}
+
 TEST_F(ValidateArguments, ABlendHasItsLogits) {
   plan_.problem.combine = Combine::kBlend;
   forward_.weights.proj_weight = forward_.weights.proj_bias = {};

@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <functional>
 #include <limits>
+#include <optional>
 #include <random>
 
 #include "case.h"
@@ -305,6 +306,7 @@ TEST(HopperLinear, MethodsAtTheSizesThatItIsMadeFor) {
           if (combine == Combine::kBlend) {
             p.linear_scope = LinearScope::kComplement;
             p.smooth_k = true;
+            c.brings_k_mean = scope == LinearScope::kAll;
           }
           EXPECT_TRUE(check_fused(c)) << describe(c);
         }
@@ -830,6 +832,24 @@ TEST(Law, ResultsDoNotDependOnTheOrderOfThreads) {
   }
 }
 
+/// Found by the router or by the pass that needs it, the mean key has the same bits.
+TEST(Law, TheMeanKeysOfTheRouterGiveTheSameBits) {
+  for (uint64_t seed = 2300; seed < 2300 + num_cases(12); ++seed) {
+    std::optional<OnHopper> on_hopper;
+    if (seed % 3 == 0) on_hopper.emplace(2);
+    Case c = on_hopper ? fused_case(seed) : on_cuda(random_case(seed));
+    c.problem.smooth_k = c.problem.feature_map != FeatureMap::kIdentity;
+    if (!c.problem.smooth_k) continue;
+    const Inputs inputs = random_inputs(c);
+    std::string misuse;
+    c.brings_k_mean = false;
+    const Outputs found = run(c, inputs, &misuse);
+    c.brings_k_mean = true;
+    expect_same_bits(run(c, inputs, &misuse), found, describe(c));
+    EXPECT_EQ(misuse, "") << describe(c);
+  }
+}
+
 TEST(Law, LayoutsGiveTheSameBits) {
   for (uint64_t seed = 2200; seed < 2208; ++seed) {
     Case c = on_cuda(random_case(seed));
@@ -972,6 +992,39 @@ TEST(Law, NanStaysInItsSequence) {
           }
         }
       }
+    }
+  }
+}
+
+/// What is given is what is subtracted: of zeros nothing is left but the shape of the problem.
+TEST(Law, AMeanKeyOfZeroLeavesTheKeys) {
+  for (const bool is_low_bit : {false, true}) {
+    for (const Combine combine : {Combine::kSparse, Combine::kBlend}) {
+      Case c = plain_case();
+      Problem& p = c.problem;
+      p.combine = combine;
+      p.feature_map = FeatureMap::kElu1;  // softmax would not see what all channels share
+      p.low_bit.is_enabled = is_low_bit;
+      p.query_segments = {{0, 40, 0, false}, {40, 90, 2, false}};
+      p.key_segments = {{0, 30, 0, true}, {30, 60, 0, false}, {60, 100, 2, false}};
+      Inputs inputs = random_inputs(c);
+      for (double& value : inputs.k.data) value = rounded(value + 1.0, p.dtype);
+      std::string misuse;
+      const Outputs want = run(c, inputs, &misuse);
+      p.smooth_k = true;
+      const Outputs smoothed = run(c, inputs, &misuse);
+      inputs.k_mean = Array({p.batch, p.num_kv_heads, 2, p.head_dim});
+      const Outputs got = run(c, inputs, &misuse);
+      EXPECT_EQ(misuse, "");
+      EXPECT_TRUE(is_same_bits(got.o, want.o)) << describe(c);
+      EXPECT_TRUE(is_same_bits(got.lse, want.lse)) << describe(c);
+      EXPECT_LT(error(got.d_q, want.d_q), 1e-3) << describe(c);
+      EXPECT_LT(error(got.d_v, want.d_v), 1e-3) << describe(c);
+      EXPECT_GT(error(smoothed.lse, want.lse), 0.05);
+      if (combine != Combine::kBlend) continue;
+      EXPECT_GT(error(smoothed.o, want.o), 0.02);
+      EXPECT_GT(error(smoothed.d_q, want.d_q), 0.02);
+      EXPECT_GT(error(smoothed.d_v, want.d_v), 5e-3);
     }
   }
 }
@@ -1200,6 +1253,41 @@ TEST(Route, ScoresOfAnySpread) {
             << negligible;
       }
     }
+  }
+}
+
+/// Over all keys of a sequence, protected ones too; none where a sequence has no keys.
+TEST(Route, GivesTheMeanKeys) {
+  for (uint64_t seed = 0; seed < 30; ++seed) {
+    Case c = on_cuda(random_case(seed));
+    Problem& p = c.problem;
+    if (seed % 3 == 0) {
+      p.query_segments = {{0, p.num_queries, 1, false}};
+      p.key_segments = {{0, p.num_keys / 2, 0, true}, {p.num_keys / 2, p.num_keys, 3, false}};
+    }
+    if (seed % 3 == 1) c.rule.min_similarity = 0.05;
+    const Inputs in = random_inputs(c);
+    const std::vector<int32_t> numbers = sequence_numbers(p);
+    Array want({p.batch, p.num_kv_heads, std::ssize(numbers), p.head_dim});
+    const auto rows = oracle::rows_of(p.key_segments, p.num_keys, p.block_k);
+    for (int64_t b = 0; b < p.batch; ++b) {
+      for (int64_t h = 0; h < p.num_kv_heads; ++h) {
+        for (int64_t s = 0; s < want.shape[2]; ++s) {
+          double* const mean = want.row(b, h, s);
+          double num_keys = 0.0;
+          for (int64_t n = 0; n < p.num_keys; ++n) {
+            if (rows[n].sequence != numbers[s]) continue;
+            num_keys += 1.0;
+            const double* const key = in.k.row(b, h, in.key_order.empty() ? n : in.key_order[n]);
+            for (int64_t d = 0; d < p.head_dim; ++d) mean[d] += key[d];
+          }
+          for (int64_t d = 0; d < p.head_dim && num_keys > 0.0; ++d) mean[d] /= num_keys;
+        }
+      }
+    }
+    std::string misuse;
+    EXPECT_LT(error(run_k_mean(c, in, &misuse), want), 1e-5) << describe(c);
+    EXPECT_EQ(misuse, "") << describe(c);
   }
 }
 

@@ -107,7 +107,7 @@ struct RouteSpace {
   float* pooled_k = nullptr;   // (B, H_kv, T_n, ld)
   float* folded = nullptr;     // (H, ld, ld)
   float* projected = nullptr;  // (B, H, T_m, ld)
-  float* means = nullptr;      // (B, H_kv, sequences, D)
+  float* means = nullptr;      // (B, H_kv, sequences, D), where similarity needs them
   uint8_t* is_alike_q = nullptr;
   uint8_t* is_alike_k = nullptr;
   float* scores = nullptr;  // (rows of a wave, ld_scores)
@@ -188,6 +188,7 @@ void route(const RouteParams& params, std::byte* workspace, void* stream) {
   const RouteSpace space(frame, rule, has_projections, workspace);
   if (frame.queries.num_blocks == 0 || frame.keys.num_blocks == 0) return;  // nothing to write
   const bool checks_similarity = space.is_alike_q != nullptr;
+  float* const means = params.k_mean != nullptr ? params.k_mean : space.means;
   const PoolJob queries{.axis = frame.queries,
                         .rows = params.q,
                         .num_heads = frame.num_heads,
@@ -199,10 +200,10 @@ void route(const RouteParams& params, std::byte* workspace, void* stream) {
                      .num_heads = frame.num_kv_heads,
                      .is_mean = !rule.smooth_k,
                      .pooled = space.pooled_k,
-                     .means = rule.smooth_k ? space.means : nullptr,
+                     .means = rule.smooth_k ? means : nullptr,
                      .is_alike = space.is_alike_k};
   if (rule.smooth_k) {
-    pool_centred(frame, params.dtype, keys, queries, space.ld, space.means, stream);
+    pool_centred(frame, params.dtype, keys, queries, space.ld, means, stream);
   } else {
     pool(frame, params.dtype, queries, keys, space.ld, stream);
   }
