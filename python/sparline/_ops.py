@@ -71,6 +71,11 @@ def _block_map_shape(
     return q.shape[0], q.shape[1], num_rows, num_columns
 
 
+def _num_sequences(query_segments: Sequence[int], key_segments: Sequence[int]) -> int:
+    """How many sequences the segments of either axis name."""
+    return len({*(query_segments[2::4] or (0,)), *(key_segments[2::4] or (0,))})
+
+
 def _skips(spec: str) -> bool:
     return _option(spec, "skip", "none") != "none"
 
@@ -88,9 +93,16 @@ def _route_fake(
     query_segments: Sequence[int],
     key_segments: Sequence[int],
     spec: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     shape = _block_map_shape(q, k, query_segments, key_segments, spec)
-    return q.new_empty(shape, dtype=torch.int8)
+    mean_shape: tuple[int, ...] = (0,)
+    if _option(spec, "k_mean", "0") == "1":
+        num_sequences = _num_sequences(query_segments, key_segments)
+        mean_shape = (*k.shape[:2], num_sequences, k.shape[3])
+    return (
+        q.new_empty(shape, dtype=torch.int8),
+        q.new_empty(mean_shape, dtype=torch.float32),
+    )
 
 
 def _attend_fake(
@@ -102,6 +114,7 @@ def _attend_fake(
     query_order: Tensor | None,
     key_order: Tensor | None,
     tile_order: Tensor | None,
+    k_mean: Tensor | None,
     weights: Sequence[Tensor],
     query_segments: Sequence[int],
     key_segments: Sequence[int],
@@ -135,6 +148,7 @@ def _attend_backward_fake(
     tile_bits: Tensor | None,
     query_order: Tensor | None,
     key_order: Tensor | None,
+    k_mean: Tensor | None,
     weights: Sequence[Tensor],
     query_segments: Sequence[int],
     key_segments: Sequence[int],
@@ -160,24 +174,25 @@ def _soft_top_k_backward_fake(d_soft_map: Tensor, soft_map: Tensor, temperature:
 
 
 def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, block_map, tile_bits, query_order, key_order, _, weights = inputs[:9]
-    ctx.query_segments, ctx.key_segments, ctx.spec = inputs[9:]
+    q, k, v, block_map, tile_bits, query_order, key_order, _, k_mean, weights = inputs[:10]
+    ctx.query_segments, ctx.key_segments, ctx.spec = inputs[10:]
     o, lse, kept_bits, row_votes = output
     ctx.mark_non_differentiable(lse, kept_bits, row_votes)
     ctx.set_materialize_grads(False)
     # The tiles that a skip rule kept are a constant of the backward, as a caller's own bits are.
     bits = kept_bits if _skips(ctx.spec) else tile_bits
-    ctx.save_for_backward(q, k, v, o, lse, block_map, bits, query_order, key_order, *weights)
+    tensors = (q, k, v, o, lse, block_map, bits, query_order, key_order, k_mean)
+    ctx.save_for_backward(*tensors, *weights)
 
 
 def _attend_gradients(ctx: Any, d_o: Tensor | None, *_: None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors  # once: activation checkpointing unpacks at every access
-    *tensors, block_map, bits, query_order, key_order = saved[:9]
-    weights = list(saved[9:])
+    *tensors, block_map, bits, query_order, key_order, k_mean = saved[:10]
+    weights = list(saved[10:])
     # PyTorch takes an empty list of integers for an empty list of tensors, whose gradient is [].
     no_segments: list[Any] = [None if s else [] for s in (ctx.query_segments, ctx.key_segments)]
     if d_o is None:
-        return *[None] * 8, [None] * len(weights), *no_segments, None
+        return *[None] * 9, [None] * len(weights), *no_segments, None
     if (
         d_o.stride(-1) != 1
     ):  # an expanded gradient, as sum() makes; the kernels need unit last stride
@@ -189,6 +204,7 @@ def _attend_gradients(ctx: Any, d_o: Tensor | None, *_: None) -> tuple[Any, ...]
         bits,
         query_order,
         key_order,
+        k_mean,
         weights,
         ctx.query_segments,
         ctx.key_segments,
@@ -196,7 +212,8 @@ def _attend_gradients(ctx: Any, d_o: Tensor | None, *_: None) -> tuple[Any, ...]
     )
     is_soft = block_map is not None and block_map.dtype == torch.float32
     d_map = d_block_map if is_soft else None
-    return d_q, d_k, d_v, d_map, None, None, None, None, d_weights, *no_segments, None
+    # d_k goes through the mean of k, wherever that was found: k_mean itself is a constant.
+    return d_q, d_k, d_v, d_map, *[None] * 5, d_weights, *no_segments, None
 
 
 def _soft_top_k_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

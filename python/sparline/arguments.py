@@ -268,6 +268,8 @@ def route_options(recipe: Recipe, router: BlockRouter, scale: float | None) -> d
         "count_rounding": router.count_rounding,
         "smooth_router": router.smooth_k,
     }
+    if router.smooth_k and recipe.smooth_k:  # who finds the mean keys hands them on
+        options["k_mean"] = True
     if router.keep_count is not None:
         options["critical_count"] = router.keep_count
     if router.selection != "top_k":

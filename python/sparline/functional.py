@@ -401,13 +401,26 @@ class _Call:
             reference.make_blocks(self.axes.key_segments, k.shape[2], self.recipe.block_k),
         )
 
+    @property
+    def attended_dtype(self) -> torch.dtype:
+        """Of q, k and v where they are attended: autocast casts them on the way."""
+        q = self.qkv[0]
+        if q.dtype == torch.float64 or not torch.is_autocast_enabled(q.device.type):
+            return q.dtype
+        return torch.get_autocast_dtype(q.device.type)
+
     def route(self) -> Tiles:
         q, k, _ = self.qkv
-        if q.is_cuda and q.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+        dtype = self.attended_dtype
+        if q.is_cuda and q.dtype == torch.float32:
             # Routers rank what comes in, where they can: the GPU's take 16 bits.
-            q, k = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k))
+            q, k = q.to(dtype), k.to(dtype)
         with torch.autocast(q.device.type, enabled=False):
-            return route_tiles(q, k, self.recipe, self.weights, self.axes, self.scale, self.backend)
+            tiles = route_tiles(
+                q, k, self.recipe, self.weights, self.axes, self.scale, self.backend
+            )
+        # Keys that are still to be rounded have another mean.
+        return tiles if k.dtype == dtype else tiles._replace(k_mean=None)
 
 
 def _attend(call: _Call, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -419,10 +432,8 @@ def _attend(call: _Call, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor | None, T
         weights = weights._replace(alpha_logit=_alpha_rows(call))
     tile_order = _tile_order(call)
     if call.is_reference:
-        device_type = q.device.type
-        if torch.is_autocast_enabled(device_type) and q.dtype != torch.float64:
-            q, k, v = (x.to(torch.get_autocast_dtype(device_type)) for x in (q, k, v))
-        with torch.autocast(device_type, enabled=False):
+        q, k, v = (x.to(call.attended_dtype) for x in (q, k, v))
+        with torch.autocast(q.device.type, enabled=False):
             return reference.attend(
                 q,
                 k,
@@ -452,6 +463,7 @@ def _attend(call: _Call, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor | None, T
         order,
         order,
         tile_order,
+        tiles.k_mean,
         arguments.pack_weights(recipe, weights, q, k),
         flatten(axes.query_segments),
         flatten(axes.key_segments),

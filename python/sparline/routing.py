@@ -27,6 +27,7 @@ class Tiles(NamedTuple):
     block_map: Tensor | None = None  # int8 or float32 (B, H, T_m, T_n)
     bits: Tensor | None = None  # uint8 (B, H, T_m G, ceil(T_n / 8))
     bit_rows: int = 0
+    k_mean: Tensor | None = None  # float32 (B, H_kv, S, D): the mean keys, if the router found them
 
 
 def route_tiles(
@@ -45,12 +46,14 @@ def route_tiles(
     if isinstance(router, ChunkRouter):
         return _choose_chunks(q.detach(), k.detach(), recipe, router, axes)
     if router.mode == "hard":
-        return Tiles(_route(q, k, recipe, router, weights, axes, scale, backend))
+        block_class, k_mean = _route(q, k, recipe, router, weights, axes, scale, backend)
+        return Tiles(block_class, k_mean=k_mean)
     soft = _soft_map(q, k, recipe, router, weights, axes, scale, backend)
     if router.mode == "soft":
         return Tiles(soft)
     # Straight through: the values of the hard map, the gradient of the soft one.
-    hard = _route(q, k, recipe, router, weights, axes, scale, backend) == reference.CRITICAL
+    block_class, _ = _route(q, k, recipe, router, weights, axes, scale, backend)
+    hard = block_class == reference.CRITICAL
     return Tiles(soft + (hard.to(soft.dtype) - soft).detach())
 
 
@@ -66,15 +69,16 @@ def _route(
     axes: Axes,
     scale: float | None,
     backend: str | None,
-) -> Tensor:
-    """Hard classes, int8 (B, H, T_m, T_n): a constant."""
+) -> tuple[Tensor, Tensor | None]:
+    """Hard classes, int8 (B, H, T_m, T_n), and the mean keys if the operator subtracts them too:
+    constants."""
     q, k = q.detach(), k.detach()
     proj_q, proj_k = (
         None if w is None else w.detach() for w in (weights.router_q, weights.router_k)
     )
     if picks_reference("route", q, backend):
         with torch.autocast(q.device.type, enabled=False):
-            return reference.route(
+            block_class = reference.route(
                 q,
                 k,
                 router,
@@ -88,8 +92,10 @@ def _route(
                 query_order=axes.order,
                 key_order=axes.order,
             )
+            return block_class, None
     order = operator_order(axes, q)
-    block_class: Tensor = torch.ops.sparline.route(
+    options = route_options(recipe, router, scale)
+    block_class, k_mean = torch.ops.sparline.route(
         q,
         k,
         None if proj_q is None else proj_q.float().contiguous(),
@@ -98,9 +104,9 @@ def _route(
         order,
         flatten(axes.query_segments),
         flatten(axes.key_segments),
-        make_spec(route_options(recipe, router, scale), backend),
+        make_spec(options, backend),
     )
-    return block_class
+    return block_class, k_mean if "k_mean" in options else None
 
 
 def _soft_map(

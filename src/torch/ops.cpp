@@ -99,6 +99,7 @@ int64_t num_query_blocks(const Plan& plan) {
   return static_cast<int64_t>(plan.query_blocks.size());
 }
 int64_t num_key_blocks(const Plan& plan) { return static_cast<int64_t>(plan.key_blocks.size()); }
+int64_t num_sequences(const Plan& plan) { return std::ssize(sequence_numbers(plan.problem)); }
 
 /// Scratch from torch's allocator, aligned to 64 bytes.
 struct Workspace {
@@ -151,15 +152,20 @@ void require_backend(const char* call, const Plan& plan) {
 
 // The operators ----------------------------------------------------------------------------------
 
-Tensor route(const Tensor& q, const Tensor& k, const std::optional<Tensor>& proj_q,
-             const std::optional<Tensor>& proj_k, const std::optional<Tensor>& query_order,
-             const std::optional<Tensor>& key_order, const Ints& query_segments,
-             const Ints& key_segments, const Spec& spec) {
+std::tuple<Tensor, Tensor> route(const Tensor& q, const Tensor& k,
+                                 const std::optional<Tensor>& proj_q,
+                                 const std::optional<Tensor>& proj_k,
+                                 const std::optional<Tensor>& query_order,
+                                 const std::optional<Tensor>& key_order, const Ints& query_segments,
+                                 const Ints& key_segments, const Spec& spec) {
   const Plan plan = plan_for(spec, q, k, query_segments, key_segments);
   require_backend("route", plan);
   const ViewsBeside view(q, "q");
   Tensor block_class = empty({q.size(0), q.size(1), num_query_blocks(plan), num_key_blocks(plan)},
                              ScalarType::Char, q);
+  Tensor k_mean = empty(
+      spec.gives_k_mean ? Ints{k.size(0), k.size(1), num_sequences(plan), k.size(3)} : Ints{0},
+      ScalarType::Float, q);
   run<RouteArgs>(sparline::route, plan,
                  {.q = view(q, "q"),
                   .k = view(k, "k"),
@@ -168,17 +174,18 @@ Tensor route(const Tensor& q, const Tensor& k, const std::optional<Tensor>& proj
                   .proj_k = view(proj_k, "proj_k"),
                   .query_order = view(query_order, "query_order"),
                   .key_order = view(key_order, "key_order"),
-                  .block_class = view(block_class, "block_class")},
+                  .block_class = view(block_class, "block_class"),
+                  .k_mean = spec.gives_k_mean ? view(k_mean, "k_mean") : TensorView{}},
                  q, plan.route_workspace_bytes);
-  return block_class;
+  return {block_class, k_mean};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attend(
     const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& block_map,
     const std::optional<Tensor>& tile_bits, const std::optional<Tensor>& query_order,
     const std::optional<Tensor>& key_order, const std::optional<Tensor>& tile_order,
-    const std::vector<Tensor>& weights, const Ints& query_segments, const Ints& key_segments,
-    Spec spec) {
+    const std::optional<Tensor>& k_mean, const std::vector<Tensor>& weights,
+    const Ints& query_segments, const Ints& key_segments, Spec spec) {
   spec.problem.block_map = kind_of(block_map);
   const Plan plan = plan_for(spec, q, k, query_segments, key_segments);
   require_backend("attend", plan);
@@ -203,6 +210,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend(
                     .query_order = view(query_order, "query_order"),
                     .key_order = view(key_order, "key_order"),
                     .tile_order = view(tile_order, "tile_order"),
+                    .k_mean = view(k_mean, "k_mean"),
                     .weights = view.weights(weights),
                     .o = view(o, "o"),
                     .lse = view(lse, "lse"),
@@ -227,8 +235,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> attend_backward(
     const Tensor& d_o_given, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
     const Tensor& lse_given, const std::optional<Tensor>& block_map,
     const std::optional<Tensor>& tile_bits, const std::optional<Tensor>& query_order,
-    const std::optional<Tensor>& key_order, const std::vector<Tensor>& weights,
-    const Ints& query_segments, const Ints& key_segments, Spec spec) {
+    const std::optional<Tensor>& key_order, const std::optional<Tensor>& k_mean,
+    const std::vector<Tensor>& weights, const Ints& query_segments, const Ints& key_segments,
+    Spec spec) {
   const bool recomputes_lse = spec.recompute_lse && spec.problem.low_bit.is_enabled;
   spec.problem.block_map = kind_of(block_map);
   spec.problem = differentiated(spec.problem);
@@ -239,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> attend_backward(
   if (recomputes_lse) {  // needs the sparse branch alone
     spec.problem.combine = Combine::kSparse;
     lse = std::get<1>(attend(q, k, v, block_map, tile_bits, query_order, key_order, std::nullopt,
-                             {}, query_segments, key_segments, spec));
+                             k_mean, {}, query_segments, key_segments, spec));
   }
   // The one copy made here: autograd hands over gradients that it may have broadcast, as sum()
   // does.
@@ -265,6 +274,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> attend_backward(
                      .tile_bits = view(tile_bits, "tile_bits"),
                      .query_order = view(query_order, "query_order"),
                      .key_order = view(key_order, "key_order"),
+                     .k_mean = view(k_mean, "k_mean"),
                      .weights = view.weights(weights),
                      .d_q = view(d_q, "d_q"),
                      .d_k = view(d_k, "d_k"),
@@ -339,20 +349,23 @@ std::string build_info() {
 // map. `weights` is empty or seven float32 tensors: proj_weight (D, D), proj_bias (D),
 // feature_weight_q (H, D, D), feature_bias_q (H, D), feature_weight_k (H_kv, D, D), feature_bias_k
 // (H_kv, D), alpha_logit (B, H, N_q). Orders are int32 permutations. Segments are flat: begin, end,
-// sequence, is_protected. `spec` is described in spec.h. attend returns o, lse, kept_bits and
-// row_votes, the last two only with a skip rule; its backward then takes kept_bits for tile_bits.
+// sequence, is_protected. `spec` is described in spec.h. route returns block_class and k_mean, the
+// latter only with k_mean=1; attend and its backward take it where they smooth keys. attend returns
+// o, lse, kept_bits and row_votes, the last two only with a skip rule; its backward then takes
+// kept_bits for tile_bits.
 STABLE_TORCH_LIBRARY(sparline, library) {
   library.def(
       "route(Tensor q, Tensor k, Tensor? proj_q, Tensor? proj_k, Tensor? query_order, "
-      "Tensor? key_order, int[] query_segments, int[] key_segments, str spec) -> Tensor");
+      "Tensor? key_order, int[] query_segments, int[] key_segments, str spec) -> (Tensor, Tensor)");
   library.def(
       "attend(Tensor q, Tensor k, Tensor v, Tensor? block_map, Tensor? tile_bits, "
-      "Tensor? query_order, Tensor? key_order, Tensor? tile_order, Tensor[] weights, "
-      "int[] query_segments, int[] key_segments, str spec) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? query_order, Tensor? key_order, Tensor? tile_order, Tensor? k_mean, "
+      "Tensor[] weights, int[] query_segments, int[] key_segments, str spec) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "attend_backward(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
       "Tensor? block_map, Tensor? tile_bits, Tensor? query_order, Tensor? key_order, "
-      "Tensor[] weights, int[] query_segments, int[] key_segments, str spec) "
+      "Tensor? k_mean, Tensor[] weights, int[] query_segments, int[] key_segments, str spec) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])");
   library.def("soft_top_k(Tensor scores, Tensor kappa, float temperature) -> Tensor");
   library.def(

@@ -128,6 +128,8 @@ void set(Spec& spec, const std::string& key, const std::string& value) {
                                                 {"ceil", CountRounding::kCeil}});
   } else if (key == "smooth_router") {
     spec.rule.smooth_k = flag(key, value);
+  } else if (key == "k_mean") {
+    spec.gives_k_mean = flag(key, value);
   } else {
     fail("a key", "known", key);
   }

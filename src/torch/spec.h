@@ -14,6 +14,7 @@ namespace sparline {
 struct Spec {
   Problem problem;  // all but sizes, dtype and segments: those come with the tensors
   RouteRule rule;
+  bool gives_k_mean = false;   // of the router: also the mean keys
   bool recompute_lse = false;  // after a low-bit forward the backward makes itself an exact lse
   std::string backend;
   std::optional<Device> device;  // another than that of the tensors
@@ -43,6 +44,7 @@ struct Spec {
 ///   critical_count             int, in place of critical_ratio   (route)
 ///   count_rounding             floor round ceil          (route)
 ///   smooth_router              0 1                       (route)
+///   k_mean                     0 1: also return the mean keys; needs smooth_router   (route)
 ///   longest_prefix             0 1                       (route)
 ///   min_similarity             number                    (route)
 /// Throws Error{kInvalidArgument} for anything else.

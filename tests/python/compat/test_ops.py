@@ -49,7 +49,7 @@ def arguments(feature: str, packed: bool = False) -> tuple[Any, ...]:
     rows = num_blocks(query_segments, NUM_QUERIES, 32)
     columns = num_blocks(key_segments, NUM_KEYS, 16)
     block_map: Tensor | None = None
-    tile_bits = query_order = key_order = tile_order = None
+    tile_bits = query_order = key_order = tile_order = k_mean = None
     weights: list[Tensor] = []
     spec = SPARSE
     if feature == "projection":
@@ -70,7 +70,12 @@ def arguments(feature: str, packed: bool = False) -> tuple[Any, ...]:
         tile_order = torch.arange(columns - 1, -1, -1).int().expand(1, 1, rows, columns)
         tile_order = tile_order.contiguous()
         spec = f"{SPARSE} skip=kept_lse skip_threshold=-1.0 skip_rows=16"
+    elif feature == "smooth":
+        block_map = (random(1, 2, rows, columns).sign()).to(torch.int8)
+        k_mean = random(1, 1, 2 if packed else 1, 8, seed=5)
+        spec = f"{BLOCKS} combine=sum feature_map=elu1 linear_scope=complement smooth_k=1"
     elif feature == "low_bit":
+        k_mean = random(1, 1, 2 if packed else 1, 8, seed=5)
         spec = (
             f"{SPARSE} smooth_k=1 low_bit=1 low_bit_q_rows=16 p_range=448.0 v_range=2.25 "
             "recompute_lse=1"
@@ -84,6 +89,7 @@ def arguments(feature: str, packed: bool = False) -> tuple[Any, ...]:
         query_order,
         key_order,
         tile_order,
+        k_mean,
         weights,
         query_segments,
         key_segments,
@@ -91,7 +97,7 @@ def arguments(feature: str, packed: bool = False) -> tuple[Any, ...]:
     )
 
 
-FEATURES = ["dense", "projection", "soft", "bits", "skip", "low_bit"]
+FEATURES = ["dense", "projection", "soft", "bits", "skip", "smooth", "low_bit"]
 
 
 def detached(x: Any) -> Any:
@@ -104,10 +110,10 @@ def backward_arguments(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments with which autograd calls ``attend_backward``."""
     with torch.no_grad():
         o, lse, kept_bits, _ = torch.ops.sparline.attend(*args)
-    q, k, v, block_map, tile_bits, query_order, key_order, _, weights, *rest = detached(list(args))
+    q, k, v, block_map, tile_bits, query_order, key_order, _, *rest = detached(list(args))
     bits = kept_bits if "skip=" in rest[-1] else tile_bits
     d_o = torch.ones_like(o)
-    return (d_o, q, k, v, o, lse, block_map, bits, query_order, key_order, weights, *rest)
+    return (d_o, q, k, v, o, lse, block_map, bits, query_order, key_order, *rest)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -125,13 +131,104 @@ def test_attend(feature: str, packed: bool) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("projected", [False, True])
-def test_route(packed: bool, projected: bool) -> None:
+@pytest.mark.parametrize("spec", [ROUTE_SPEC, f"{ROUTE_SPEC} k_mean=1"])
+def test_route(packed: bool, projected: bool, spec: str) -> None:
     q, k, _ = (x.detach() for x in qkv())
     projections = (random(2, 8, 8), random(8, 8)) if projected else (None, None)
     orders = (order(NUM_QUERIES), order(NUM_KEYS))
     segments = SEGMENTS if packed else ([], [])
-    args = (q, k, *projections, *orders, *segments, ROUTE_SPEC)
+    args = (q, k, *projections, *orders, *segments, spec)
     torch.library.opcheck(torch.ops.sparline.route, args)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake_args = (mode.from_tensor(x) if isinstance(x, Tensor) else x for x in args)
+        fakes = torch.ops.sparline.route(*fake_args)
+    for real, fake in zip(torch.ops.sparline.route(*args), fakes, strict=True):
+        assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
+
+
+def test_route_gives_the_mean_keys_if_asked() -> None:
+    """Of every sequence that either axis names, over all of its keys."""
+    q, k, _ = (x.detach() for x in qkv())
+    segments = [0, 5, 0, 0, 5, 40, 2, 0], [0, 7, 0, 1, 7, 30, 0, 0, 30, 50, 3, 0]
+    plain = torch.ops.sparline.route(q, k, *[None] * 4, *segments, ROUTE_SPEC)
+    asked = torch.ops.sparline.route(q, k, *[None] * 4, *segments, f"{ROUTE_SPEC} k_mean=1")
+    assert torch.equal(plain[0], asked[0])
+    assert (plain[1].shape, plain[1].dtype) == ((0,), torch.float32)
+    rows = [k[:, :, :30].mean(dim=2), torch.zeros(1, 1, 8), k[:, :, 30:].mean(dim=2)]
+    torch.testing.assert_close(asked[1], torch.stack(rows, dim=2))
+    spec = ROUTE_SPEC.replace("smooth_router=1", "smooth_router=0")
+    with pytest.raises(RuntimeError, match="route: k_mean must be absent unless smooth_k is on"):
+        torch.ops.sparline.route(q, k, *[None] * 4, [], [], f"{spec} k_mean=1")
+
+
+SMOOTH = ["smooth", "low_bit"]
+
+
+def with_k_mean(args: tuple[Any, ...], k_mean: Tensor | None) -> tuple[Any, ...]:
+    """Arguments of ``attend`` or of its backward with other mean keys."""
+    return *args[:-5], k_mean, *args[-4:]
+
+
+@pytest.mark.parametrize("feature", SMOOTH)
+@pytest.mark.parametrize("packed", [False, True])
+def test_mean_keys_of_the_router_give_the_same_bits(feature: str, packed: bool) -> None:
+    args = arguments(feature, packed)
+    _, k_mean = torch.ops.sparline.route(
+        *(x.detach() for x in args[:2]), *[None] * 4, *args[-3:-1], f"{ROUTE_SPEC} k_mean=1"
+    )
+    given, found = with_k_mean(args, k_mean), with_k_mean(args, None)
+    for a, b in zip(
+        torch.ops.sparline.attend(*given), torch.ops.sparline.attend(*found), strict=True
+    ):
+        assert torch.equal(a, b)
+    *given_gradients, _ = torch.ops.sparline.attend_backward(*backward_arguments(given))
+    *found_gradients, _ = torch.ops.sparline.attend_backward(*backward_arguments(found))
+    for a, b in zip(given_gradients, found_gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("feature", SMOOTH)
+def test_mean_keys_that_are_given_are_those_that_are_used(feature: str) -> None:
+    """Zeros leave keys as they are; k_mean has no gradient, d_k goes through the mean of k."""
+    args = with_k_mean(arguments(feature), torch.zeros(1, 1, 1, 8).requires_grad_())
+    unsmoothed = (*with_k_mean(args, None)[:-1], args[-1].replace("smooth_k=1", "smooth_k=0"))
+    o, lse, *_ = torch.ops.sparline.attend(*args)
+    expected, expected_lse, *_ = torch.ops.sparline.attend(*unsmoothed)
+    assert torch.equal(o, expected)
+    assert torch.equal(lse, expected_lse)
+    assert not torch.equal(lse, torch.ops.sparline.attend(*with_k_mean(args, None))[1])
+    d_q, d_k, d_v, *_ = torch.ops.sparline.attend_backward(*backward_arguments(args))
+    exact_q, exact_k, exact_v, *_ = torch.ops.sparline.attend_backward(
+        *backward_arguments(unsmoothed)
+    )
+    torch.testing.assert_close(d_q, exact_q)
+    torch.testing.assert_close(d_v, exact_v)
+    if feature == "smooth":
+        torch.testing.assert_close(d_k, exact_k - exact_k.mean(dim=2, keepdim=True))
+    o.sum().backward()
+    assert args[-5].grad is None
+
+
+@pytest.mark.parametrize("call", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("k_mean", "message"),
+    [
+        (torch.zeros(1, 1, 2, 8), r"have shape \(1, 1, 1, 8\), got \(1, 1, 2, 8\)"),
+        (torch.zeros(1, 2, 1, 8), r"have shape \(1, 1, 1, 8\), got \(1, 2, 1, 8\)"),
+        (torch.zeros(1, 1, 1, 8, dtype=torch.float16), "have dtype float32, got float16"),
+        (torch.zeros(1, 1, 1, 9)[..., 1:], "be aligned to 8 bytes, got an address 4 past"),
+    ],
+)
+def test_mean_keys_are_checked(call: str, k_mean: Tensor, message: str) -> None:
+    args = backward_arguments(arguments("smooth"))
+    if call == "forward":
+        args = detached(list(arguments("smooth")))
+    op = {"forward": torch.ops.sparline.attend, "backward": torch.ops.sparline.attend_backward}
+    with pytest.raises(RuntimeError, match=f"{call}: k_mean must {message}"):
+        op[call](*with_k_mean(tuple(args), k_mean))
+    plain = (*args[:-1], args[-1].replace("smooth_k=1", "smooth_k=0"))
+    with pytest.raises(RuntimeError, match=f"{call}: k_mean must be absent unless smooth_k is on"):
+        op[call](*plain)
 
 
 def test_soft_top_k() -> None:
@@ -231,7 +328,7 @@ def test_orders_must_be_permutations(name: str) -> None:
         orders[name] = wrong.expand(1, 1, 2, length) if name == "tile_order" else wrong
         message = f"{name} must be a permutation of 0 .. {length - 1}, {got}"
         with pytest.raises(RuntimeError, match=f"forward: {message}"):
-            torch.ops.sparline.attend(q, k, v, None, None, *orders.values(), [], [], [], spec)
+            torch.ops.sparline.attend(q, k, v, None, None, *orders.values(), None, [], [], [], spec)
         if name != "tile_order":
             rows = list(orders.values())[:2]
             with pytest.raises(RuntimeError, match=f"route: {message}"):
@@ -263,7 +360,7 @@ def test_no_double_backward() -> None:
 def test_vmap_is_refused() -> None:
     q, k, v = (x.detach() for x in qkv())
     calls = [
-        lambda x: torch.ops.sparline.attend(x, k, v, *[None] * 5, [], [], [], SPARSE),
+        lambda x: torch.ops.sparline.attend(x, k, v, *[None] * 6, [], [], [], SPARSE),
         lambda x: torch.ops.sparline.route(x, k, *[None] * 4, [], [], ROUTE_SPEC),
         lambda x: torch.ops.sparline.soft_top_k(x, torch.full((2 * NUM_QUERIES,), 2.0), 0.1),
     ]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators inside PyTorch: opcheck, compile, checkpointing, autocast, functorch."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch.utils.checkpoint import (
 )
 
 import sparline
-from sparline import SLA, Dense, Weights
+from sparline import SLA, SLA2, Dense, LowBit, Weights
+from sparline.methods import Method
 
 BLOCKS = {"block_q": 16, "block_k": 16}
 ROUTE_SPEC = (
@@ -163,11 +165,11 @@ def test_compile_fullgraph(name: str) -> None:
         assert torch.equal(gradient, compiled.gradients[key]), key
 
 
-def test_compile_dynamic_shapes() -> None:
+@pytest.mark.parametrize("method", [SLA(keep_ratio=0.4, **BLOCKS), SLA2(keep_ratio=0.4, **BLOCKS)])
+def test_compile_dynamic_shapes(method: Method) -> None:
     """A change of length neither breaks the graph nor recompiles for every length."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    method = SLA(keep_ratio=0.4, **BLOCKS)
 
     @torch.compile(fullgraph=True, backend=counter, dynamic=True)
     def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -218,8 +220,10 @@ def test_compile_module_with_inductor() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(reentrant: bool) -> None:
-    method = SLA(keep_ratio=0.4, combine="sum", **BLOCKS)
+@pytest.mark.parametrize(
+    "method", [SLA(keep_ratio=0.4, combine="sum", **BLOCKS), SLA2(keep_ratio=0.4, **BLOCKS)]
+)
+def test_activation_checkpointing(reentrant: bool, method: Method) -> None:
     results = []
     for wrap in (False, True):
         q, k, v = qkv(requires_grad=True)
@@ -271,6 +275,61 @@ def test_selective_checkpointing_by_op(save: bool) -> None:
     assert calls == (1 if save else 2)
     expected = torch.autograd.grad(f(q, k, v).sum(), q)[0]
     assert torch.equal(q.grad, expected)
+
+
+class Poison(TorchDispatchMode):
+    """Adds one to the mean keys that the router gives, and counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_means = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.sparline.route.default and result[1].numel() > 0:
+            self.num_means += 1
+            result = (result[0], result[1] + 1.0)
+        return result
+
+
+@pytest.mark.parametrize(
+    ("method", "is_given", "is_used"),
+    [
+        (SLA2(keep_ratio=0.4, **BLOCKS), True, True),
+        (SLA2(keep_ratio=0.4, low_bit=LowBit(), **BLOCKS), True, True),
+        (SLA(keep_ratio=0.4, combine="sum", smooth_k="all", **BLOCKS), True, True),
+        (SLA.sparse_only(keep_ratio=0.4, low_bit=LowBit(), **BLOCKS), True, True),
+        (SLA(keep_ratio=0.4, combine="sum", **BLOCKS), False, False),
+        (SLA(keep_ratio=0.4, combine="sum", smooth_k="none", **BLOCKS), False, False),
+        (SLA2(keep_ratio=0.4, router_mode="soft", **BLOCKS), False, False),
+        (SLA2(keep_ratio=0.4, router_mode="straight_through", **BLOCKS), True, False),
+    ],
+)
+def test_the_router_hands_over_the_mean_keys(method: Method, is_given: bool, is_used: bool) -> None:
+    """Where the operator subtracts the same ones, forward and backward."""
+    results = []
+    for poison in (None, Poison()):
+        q, k, v = qkv(requires_grad=True)
+        with poison or contextlib.nullcontext():
+            o, lse = sparline.attention(q, k, v, method=method, return_lse=True)
+        o.square().sum().backward()
+        results.append((lse, q.grad))
+    assert poison is not None
+    assert poison.num_means == is_given
+    for clean, poisoned in zip(*results, strict=True):
+        assert torch.equal(clean, poisoned) != is_used
+
+
+def test_under_autocast_keys_to_be_rounded_keep_their_own_mean() -> None:
+    """Those that came in 16 bits are what the router saw."""
+    method = SLA2(keep_ratio=0.4, **BLOCKS)
+    for dtype, is_used in ((torch.float32, False), (torch.float16, False), (torch.bfloat16, True)):
+        q, k, v = (x.to(dtype) for x in qkv())
+        with Recorder() as recorder, torch.autocast("cpu", dtype=torch.bfloat16):
+            o = sparline.attention(q, k, v, method=method)
+        (args,) = (args for op, args in recorder.calls if op is torch.ops.sparline.attend.default)
+        assert o.dtype == torch.bfloat16
+        assert isinstance(args[8], Tensor) == is_used, dtype
 
 
 def test_autocast(backend: str) -> None:

@@ -325,14 +325,29 @@ def test_block_map_forms(backend: str) -> None:
     assert torch.equal(results[0], results[2])
 
 
-def test_own_map_equals_routing(backend: str) -> None:
-    q, k, v = qkv()
-    method = SLA(keep_ratio=0.4, combine="sum", **BLOCKS)
-    block_map = sparline.route(q, k, method=method, backend=backend)
-    assert torch.equal(
-        sparline.attention(q, k, v, method=method, block_map=block_map, backend=backend),
-        sparline.attention(q, k, v, method=method, backend=backend),
-    )
+@pytest.mark.parametrize(
+    "method",
+    [
+        SLA(keep_ratio=0.4, combine="sum", **BLOCKS),
+        SLA(keep_ratio=0.4, combine="sum", smooth_k="all", **BLOCKS),
+        SLA2(keep_ratio=0.4, **BLOCKS),
+        SLA2(keep_ratio=0.4, low_bit=LowBit(), **BLOCKS),
+    ],
+    ids=["sla", "smooth-all", "sla2", "low-bit-sla2"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_own_map_equals_routing(method: Method, dtype: torch.dtype, backend: str) -> None:
+    """In outputs and gradients, wherever the mean key was found."""
+    q, k, v = (x.to(dtype).requires_grad_() for x in qkv())
+    call: dict[str, Any] = {"method": method, "cu_seqlens_q": [0, 9, 40], "backend": backend}
+    call["cu_seqlens_k"] = [0, 20, 50]
+    block_map = sparline.route(q, k + 1, **call)
+    results = []
+    for own in (block_map, None):
+        o, lse = sparline.attention(q, k + 1, v, block_map=own, return_lse=True, **call)
+        results.append((o, lse, *torch.autograd.grad(o.float().square().sum(), (q, k, v))))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_without_weights_the_projection_is_zero(backend: str) -> None:
