@@ -732,6 +732,7 @@ TEST(Feature, AMeanKeyOfZeroLeavesTheKeys) {
       Problem& p = c.problem;
       p.combine = combine;
       p.feature_map = FeatureMap::kElu1;  // softmax would not see what all channels share
+      p.linear_scope = LinearScope::kAll;
       p.low_bit.is_enabled = is_low_bit;
       p.query_segments = {{0, 40, 0, false}, {40, 90, 2, false}};
       p.key_segments = {{0, 30, 0, true}, {30, 60, 0, false}, {60, 100, 2, false}};
