@@ -58,11 +58,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (int n = static_cast<int>(threadIdx.x); n < kHeadDim * kHeadDim / 2;
          n += Traits::kThreads) {
       const int row = n / (kHeadDim / 2), col = n % (kHeadDim / 2) * 2;
-      const float2 w = reinterpret_cast<const float2*>(params.linear.proj_weight)[n];
+      // One by one: a caller's weights may begin at any float.
+      const float* const w = params.linear.proj_weight + n * 2;
       unsigned char* const to = reinterpret_cast<unsigned char*>(shared.weight) +
                                 col / 64 * (kHeadDim * 128) + row * 128 +
                                 ((col % 64 / 8 ^ row % 8) * 16) + col % 8 * 2;
-      *reinterpret_cast<uint32_t*>(to) = pack<T>(w.x, w.y);
+      *reinterpret_cast<uint32_t*>(to) = pack<T>(w[0], w[1]);
     }
     fence_async_shared();
   }
