@@ -144,7 +144,8 @@ FORWARD = [
 
 BACKWARD = [
     Stage("block tables", r"block_table", lambda s: 0.0),
-    Stage("pooling of k", r"^pool|block_sums|^mean_kernel", lambda s: s.rows),
+    Stage("pooling of k", r"^pool|block_sums", lambda s: s.rows),
+    Stage("means of k and d_k", r"^mean_kernel", lambda s: s.heads * s.t_n * s.d * F32),
     Stage("lse and delta of rows", r"row_stats", lambda s: 2 * s.rows),
     Stage(
         "learned feature maps",
