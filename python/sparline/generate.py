@@ -319,7 +319,7 @@ def check_tuned(pipeline: Any, folder: Path, job: Job) -> None:
 
 def _load_tuned(own: Any, folder: Path, job: Job) -> Any:
     """The transformer of ``folder`` with the method it was tuned with, where ``own`` is."""
-    from sparline.integrations.diffusers import read_state
+    from sparline.integrations.state import read_state
 
     state = folder / "sparline.safetensors"
     try:

@@ -21,13 +21,8 @@ import torch
 from torch import Tensor
 
 import sparline
-from sparline.integrations.diffusers import (
-    STATE_FORMAT,
-    State,
-    learned_parameters,
-    read_state,
-    write_state,
-)
+from sparline.integrations.diffusers import learned_parameters
+from sparline.integrations.state import STATE_FORMAT, State, read_state, write_state
 from sparline.methods import SLA, Method
 
 from . import checkpoint, setup
