@@ -48,7 +48,7 @@ Measured by `examples/experiment/experiment.py`, rendered by `examples/experimen
   fixed noise and evenly spaced noise levels; **Δ dense** is the mean of the paired differences to
   dense of the same seed, in percent of dense, ± the standard error of that mean over clips; where
   there are several runs (seeds, or starts), a range over them follows. Without ±: of the run only
-  the losses were kept, as its log has them.
+  the losses were kept, as its log has them, and its distances are not compared with chance.
 - **gap closed**: the share of sparse-only's Δ, at the same ratio and seed, that is not left.
 - **density** is the share of score elements (of tiles, for in-loop methods) that enter the softmax,
   as achieved, mean over layers.
