@@ -184,12 +184,11 @@ class SparseForwardSm90Copies {
     }
   }
   /// Says in the next slot of keys that there are no more tiles.
-  template <class Ring>
-  __device__ __forceinline__ void end_tiles(const Ring& ring) {
-    wait(shared_.empty[ring.slot], ring.parity ^ 1);
+  __device__ __forceinline__ void end_tiles(int slot, uint32_t parity) {
+    wait(shared_.empty[slot], parity ^ 1);
     if (elect_one()) {
-      shared_.infos[ring.slot] = {TileInfo::kEnd, -1};
-      arrive(shared_.full[ring.slot]);
+      shared_.infos[slot] = {TileInfo::kEnd, -1};
+      arrive(shared_.full[slot]);
     }
   }
   /// Keys of a run, or values, to a slot, `offset` bytes from its begin. Values end with their
@@ -314,7 +313,7 @@ class SparseForwardSm90Loader : SparseForwardSm90Copies<Traits> {
       if (elect_one()) arrive(shared_.list_empty[list.slot]);
       list.advance();
     }
-    if constexpr (!kIsValues) this->end_tiles(ring_);
+    if constexpr (!kIsValues) this->end_tiles(ring_.slot, ring_.parity);
   }
 
  private:

@@ -18,6 +18,7 @@ class SparseForwardSm90RunLoader : SparseForwardSm90Copies<Traits> {
   using Copies::kRunK;
   using Copies::params_;
   using Copies::shared_;
+  using Votes = RunVotes<Traits::kTurns, Traits::kPlaces>;
 
  public:
   __device__ SparseForwardSm90RunLoader(const SparseForwardSm90Params& params,
@@ -38,20 +39,22 @@ class SparseForwardSm90RunLoader : SparseForwardSm90Copies<Traits> {
       }
       // The first keys tell those who multiply that the block before has ended: its queries keep
       // their place until then. So these come after as many keys as there is room for then.
-      constexpr int kBeforeQueries = Traits::kKeySlots - 1;
-      int num_runs = 0;
-      KeyRun run = runs.template next<kRunK>();
-      // A block without critical keys gets a run without keys: zeros from past the end.
+      constexpr int kBeforeQueries = Traits::kKeySlots / 2 - 1;
+      int num_tiles = 0;
+      KeyRun first = runs.template next<kRunK>(), second;
+      // A block without critical keys gets a tile without keys: zeros from past the end.
       do {
+        second = runs.template next<kRunK>();
         if constexpr (kIsValues) {
-          load_values(run, at);
+          decide(first, second, at);
         } else {
-          load_keys(run, at, num_runs == 0 ? place : -1);
-          if (++num_runs == kBeforeQueries) wait_and_load_queries(at);
+          load_keys(first, second, at, num_tiles == 0 ? place : -1);
+          if (++num_tiles == kBeforeQueries) wait_and_load_queries(at);
         }
-        run = runs.template next<kRunK>();
-      } while (run.num_keys > 0);
-      if (!kIsValues && num_runs < kBeforeQueries) wait_and_load_queries(at);
+        if (second.num_keys == 0) break;
+        first = runs.template next<kRunK>();
+      } while (first.num_keys > 0);
+      if (!kIsValues && num_tiles < kBeforeQueries) wait_and_load_queries(at);
       if constexpr (kIsValues) {
         __syncwarp();
         store_kept_bits(params_.forward, at.z, 0, this->kept_words());
@@ -60,7 +63,7 @@ class SparseForwardSm90RunLoader : SparseForwardSm90Copies<Traits> {
       if (elect_one()) arrive(shared_.list_empty[list.slot]);
       list.advance();
     }
-    if constexpr (!kIsValues) this->end_tiles(keys_);
+    if constexpr (!kIsValues) this->end_tiles(2 * keys_.slot, keys_.parity);
   }
 
  private:
@@ -75,28 +78,59 @@ class SparseForwardSm90RunLoader : SparseForwardSm90Copies<Traits> {
     return at.ragged < 0 || run.is_protected || run.num_keys == 0;
   }
 
-  __device__ __forceinline__ void load_keys(const KeyRun& run, const BlockPlace& at,
-                                            int32_t block) {
-    wait(shared_.empty[keys_.slot], keys_.parity ^ 1);
+  __device__ __forceinline__ void load_keys(const KeyRun& first, const KeyRun& second,
+                                            const BlockPlace& at, int32_t block) {
+    const int slot = 2 * keys_.slot;
+    wait(shared_.empty[slot], keys_.parity ^ 1);
     if (elect_one()) {
-      const auto num_keys = static_cast<uint32_t>(run.num_keys);
-      shared_.infos[keys_.slot] = {num_keys | (is_sure(run, at) ? TileInfo::kIsKept : 0), block};
-      arrive_expecting(shared_.full[keys_.slot], kRunBytes);
-      Copies::template load_run<false>(run, keys_.slot, 0, at);
+      uint32_t num_keys = static_cast<uint32_t>(first.num_keys + 256 * second.num_keys);
+      if (is_sure(first, at)) num_keys |= TileInfo::kIsKept;
+      if (is_sure(second, at)) num_keys |= TileInfo::kIsSecondKept;
+      shared_.infos[slot] = {num_keys, block};
+      const bool has_second = second.num_keys > 0;
+      arrive_expecting(shared_.full[slot], (has_second ? 2 : 1) * kRunBytes);
+      load_keys(first, slot, 0, at);
+      if (has_second) load_keys(second, slot, kRunK * 128, at);
     }
     __syncwarp();
     keys_.advance();
   }
+  /// Rows of the two runs of a tile lie one behind the other.
+  __device__ __forceinline__ void load_keys(const KeyRun& run, int slot, int offset,
+                                            const BlockPlace& at) {
+#pragma unroll
+    for (int slice = 0; slice < Traits::kSlices; ++slice) {
+      load_box(this->place(slot, 2 * slice, offset), params_.k, shared_.full[slot], slice * 64,
+               run.first_key, at.h_kv, at.b);
+    }
+  }
 
-  /// Values of a run, as soon as one warp wants it. Its keys' place is given back once this warp
-  /// has decided too: until then no vote is cast in the place of those that it looks at.
-  __device__ __forceinline__ void load_values(const KeyRun& run, const BlockPlace& at) {
-    const bool is_kept = is_sure(run, at) || any_wants(shared_.votes, turn_);
+  /// Values of the runs of a tile, each as soon as one warp wants it. The keys' place is given back
+  /// once this warp has decided too: until then no vote is cast in the place of those that it looks
+  /// at. The decisions are those of SparseForwardSm90SkipRuns::step(), from the same votes.
+  __device__ __forceinline__ void decide(const KeyRun& first, const KeyRun& second,
+                                         const BlockPlace& at) {
+    const bool keeps_first = is_sure(first, at) || is_wanted<Votes::kWantsFirst>();
+    if (keeps_first) load_values(first, at);
+    if (second.num_keys > 0) {
+      const bool is_second_sure = is_sure(second, at);
+      bool keeps_second = is_second_sure || is_wanted<Votes::kWantsSecond>();
+      if (keeps_first && keeps_second && !is_second_sure) {
+        ++turn_;
+        keeps_second = is_wanted<Votes::kWantsFirst>();
+      }
+      if (keeps_second) load_values(second, at);
+    }
     ++turn_;
-    if (elect_one()) arrive(shared_.empty[keys_.slot]);
+    if (elect_one()) arrive(shared_.empty[2 * keys_.slot]);
     __syncwarp();
     keys_.advance();
-    if (!is_kept) return;
+  }
+  template <uint32_t kWish>
+  __device__ __forceinline__ bool is_wanted() const {
+    return wait_for_wish<kWish>(shared_.votes, turn_ * Votes::kOne, turn_ % Votes::kTurns) != 0;
+  }
+  __device__ __forceinline__ void load_values(const KeyRun& run, const BlockPlace& at) {
     const int slot = Traits::kKeySlots + values_.slot;
     wait(shared_.empty[slot], values_.parity ^ 1);
     if (elect_one()) {
@@ -108,9 +142,10 @@ class SparseForwardSm90RunLoader : SparseForwardSm90Copies<Traits> {
     if (run.num_keys > 0) this->keep(run.block);
   }
 
-  RingCursor<Traits::kKeySlots> keys_, values_;
+  RingCursor<Traits::kKeySlots / 2> keys_;
+  RingCursor<Traits::kKeySlots> values_;
   uint32_t q_parity_ = 0;
-  uint32_t turn_ = 1;  // the number of the next run
+  uint32_t turn_ = 1;  // the number of the next vote
 };
 
 }  // namespace sparline::cuda

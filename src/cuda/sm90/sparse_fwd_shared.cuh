@@ -27,12 +27,13 @@ struct SparseForwardSm90Traits {
   static constexpr bool kHasSkip = kIsApart || kHasRuns || kVotesInRounds;
   static constexpr int kTileQ = 128, kTileK = kHasRuns ? 64 : 128, kRunK = 64;
   static constexpr int kSlices = kHeadDim / 64;  // of 64 columns, one behind the other
-  // With kHasRuns: slots of keys, and as many of values; and votes that are kept. One on run t is
-  // cast when the keys of run t + 1 are there, so that all have given back those of run
-  // t + 1 - kKeySlots: who multiplies has decided upon all runs before that one.
+  // With kHasRuns: slots of runs of keys, two a tile, and as many of values; and votes that are
+  // kept, up to two a tile. Those on tile t are cast when the keys of tile t + 1 are there, so that
+  // all have given back those of tile t + 1 - kKeySlots / 2: who multiplies has decided upon all
+  // tiles before that one.
   static constexpr int kKeySlots = kHeadDim == 64 ? 8 : 6;
   static constexpr int kTurns = kHeadDim == 64 ? 16 : 8;
-  static_assert(kTurns > kKeySlots);
+  static_assert(kTurns > kKeySlots && kKeySlots % 2 == 0);
   static constexpr int kSlots = kHasRuns ? 2 * kKeySlots : (kHeadDim == 64 ? 12 : 6);
   // Whether the warpgroups start their products one after the other, so that the softmax of one
   // runs beside the products of the other: 17 % faster at head_dim 64, where the exponentials take
@@ -112,13 +113,14 @@ struct Wishes {
   }
 };
 
-/// Votes where a tile is one run.
+/// Votes of sparse_fwd_skip_runs.cuh.
 template <int kTurns_, int kPlaces>
 struct RunVotes {
   static constexpr int kWarps = 8;
-  // Each run of the CTA has a number, from 1 on. A vote is twice the number, and one more if the
-  // warp wants the run. It takes the place of that of kTurns runs before, which nobody looks at any
-  // more: SparseForwardSm90Traits.
+  // Each vote of the CTA has a number, from 1 on: kOne times it, and what the warp wants. It takes
+  // the place of that of kTurns votes before, which nobody looks at any more:
+  // SparseForwardSm90Traits.
+  static constexpr uint32_t kWantsFirst = 1, kWantsSecond = 2, kOne = 4;
   static constexpr int kTurns = kTurns_;
   uint32_t words[kTurns][kWarps];
   // Of query blocks by their place: rows that did without a run, and above kCountBits the warps
@@ -134,15 +136,17 @@ struct RunVotes {
   }
 };
 
-/// Whether any warp wants a run: known with the first that does, or with the last vote.
-template <class Votes>
-__device__ __forceinline__ bool any_wants(const Votes& votes, uint32_t turn) {
+/// Whether any warp has this wish: known with the first one, or with the last vote. A ballot of all
+/// lanes: not 0 if one has. `vote`: one without wishes; `turn`: its place.
+template <uint32_t kWish, class Votes>
+__device__ __forceinline__ uint32_t wait_for_wish(const Votes& votes, uint32_t vote,
+                                                  uint32_t turn) {
   [[maybe_unused]] int num_polls = 0;
   while (true) {
-    const uint32_t vote = posted(votes.words[turn % Votes::kTurns][lane_index() % Votes::kWarps]);
-    const bool is_wanted = __any_sync(kAllLanes, vote == turn * 2 + 1) != 0;
-    const bool is_known = __all_sync(kAllLanes, vote / 2 == turn) != 0;
-    if (is_wanted || is_known) return is_wanted;
+    // Of this vote less than kOne, of one before a large number.
+    const uint32_t found = posted(votes.words[turn][lane_index() % Votes::kWarps]) - vote;
+    const uint32_t wishes = __ballot_sync(kAllLanes, found < Votes::kOne && (found & kWish) != 0);
+    if (wishes != 0 || __all_sync(kAllLanes, found < Votes::kOne) != 0) return wishes;
 #ifdef SPARLINE_WATCHDOG
     if (++num_polls > SPARLINE_WATCHDOG) __trap();
 #endif

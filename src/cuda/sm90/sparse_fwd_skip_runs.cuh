@@ -5,15 +5,17 @@
 //     max S < m + ln lambda  or  max S < ln l + lambda,
 // leaves no trace: no exponentials, no product with its values, and these are not loaded.
 //
-// A tile is a run, and there are two places for scores. S of the next run is under way while this
-// one is decided upon, and so is P v of the last but one, if that stays: while warps wait for each
-// other's votes, the tensor cores have work, and values have the time of a run to come. One that
-// wants the run goes on at once: it stays, whatever the others say. One that does not looks at the
-// votes until one of them wants it, or all are there. The warp that loads values looks at the same
-// votes. Values are handed over for the runs that stay, and for no other.
+// A tile is two runs, or one at the end, and there are two places for its scores: S of the next
+// tile is under way while this one is decided upon, so that the tensor cores have work while warps
+// wait for each other's votes. A vote is on both runs; one that wants a run goes on at once: it
+// stays, whatever the others say. One that does not looks at the votes until one of them wants it,
+// or all are there. The limits of the second run are those behind the first one, which can only
+// raise them where it stays: then, and if somebody wants the second run by the limits before it,
+// there is another vote. The warp that loads values looks at the same votes. Values are handed over
+// for the runs that stay, and for no other.
 //
-//   Shared    queries, where they are the A operand: 64 columns take as long as 128 when A comes
-//             out of registers. Two rings of 6 slots (head_dim 128) of 64 rows, keys and values
+//   Shared    queries, where they are the A operand: there are no registers for them. A ring of 3
+//             slots (head_dim 128) of 128 keys, and one of 6 slots of values of 64
 //   Sync      keys are given back by those who multiply and by the warp that loads values, queries
 //             at the end of a query block
 //   Counts    of rows that did without a run are added up at the end of a query block, by the warps
@@ -37,14 +39,7 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
   using Rows::row_sum_;
   using Rows::shared_;
   using Votes = RunVotes<Traits::kTurns, Traits::kPlaces>;
-  using Scores = float[kRunK / 2];
-  /// What there are two of.
-  struct Run {
-    Scores s;
-    uint32_t p[kRunK / 4];
-    uint32_t lanes;  // not 0 if p waits for its values: a ballot, which stays uniform for ptxas
-    __device__ bool is_kept() const { return lanes != 0; }
-  };
+  using Scores = float[kRunK];  // of two runs
 
  public:
   __device__ SparseForwardSm90SkipRuns(const SparseForwardSm90Params& params,
@@ -56,22 +51,21 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
             0)) {}
 
   __device__ __forceinline__ void run() {
-    Run even, odd;
+    Scores even, odd;
     read_next();
     while (next_.num_keys != TileInfo::kEnd) {
-      even.lanes = odd.lanes = 0;
-      begin_block(even.s);
+      begin_block(even);
       while (true) {
         if (is_last()) {
-          end_block(even, odd);
+          end_block(even);
           break;
         }
-        even.is_kept() ? step<true, true>(even, odd) : step<false, true>(even, odd);
+        step<true>(even, odd);
         if (is_last()) {
-          end_block(odd, even);
+          end_block(odd);
           break;
         }
-        odd.is_kept() ? step<true, true>(odd, even) : step<false, true>(odd, even);
+        step<true>(odd, even);
       }
       this->finish(block_, row_max_, row_sum_);
       if (lane_ == 0) add_passes();
@@ -79,37 +73,37 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
   }
 
  private:
-  /// Waits for the keys of the next run.
+  /// Waits for the keys of the next tile.
   __device__ __forceinline__ void read_next() {
-    wait(shared_.full[keys_.slot], keys_.parity);
-    next_ = shared_.infos[keys_.slot];
+    wait(shared_.full[2 * keys_.slot], keys_.parity);
+    next_ = shared_.infos[2 * keys_.slot];
   }
-  /// Whether the next run, if there is any, is of another query block.
+  /// Whether the next tile, if there is any, is of another query block.
   __device__ bool is_last() const { return next_.block >= 0 || next_.num_keys == TileInfo::kEnd; }
 
-  /// The queries, and S of the first run.
+  /// The queries, and S of the first tile.
   __device__ __forceinline__ void begin_block(Scores& s) {
     this->wait_for_queries(next_.block);
     this->reset(next_.block);
     this->is_first_ = true;
-    late_lanes_ = 0;
     num_passes_ = 0;
     num_rows_ =
         static_cast<uint32_t>(min(max(shared_.places[block_].rows - this->warp_row_, 0), 16));
+    find_limits();
     start_scores(s, keys_.slot);
     wgmma_wait<0>();
-    this->release(keys_.slot);
+    this->release(2 * keys_.slot);
+    go_on();
+  }
+  __device__ __forceinline__ void go_on() {
     num_keys_ = next_.num_keys;
     keys_.advance();
     read_next();
   }
-  /// The last decision, P v of the last two runs, and the results.
-  __device__ __forceinline__ void end_block(Run& last, Run& other) {
+  /// The last decision, and the results.
+  __device__ __forceinline__ void end_block(Scores& last) {
     this->release_queries();
-    last.is_kept() ? step<true, false>(last, other) : step<false, false>(last, other);
-    if (other.is_kept()) add_values(other);
-    rescale_late();
-    if (last.is_kept()) add_values(last);
+    step<false>(last, last);
   }
   /// The last warp of a query block stores how many rows did without a run.
   __device__ void add_passes() {
@@ -119,123 +113,163 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
     p_.row_votes[shared_.places[block_].z] = static_cast<float>(others % kOne + num_passes_);
   }
 
-  /// Starts S = q k^T of a run, with the queries in shared memory: products of 64 columns whose A
-  /// comes out of registers take as long as those of 128.
+  /// Starts S = q k^T of a tile, with the queries in shared memory. Columns of a run that is not
+  /// there are those of keys from before, which nobody looks at.
   __device__ __forceinline__ void start_scores(Scores& s, int slot) {
-    const uint32_t b = matrix_descriptor(shared_address(shared_.slots[slot]), 0);
+    const uint32_t b = matrix_descriptor(shared_address(shared_.slots[2 * slot]), 0);
     wgmma_fence();
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
-      wgmma_shared<typename Traits::T, kRunK, false, false>(
+      wgmma_shared<typename Traits::T, 2 * kRunK, false, false>(
           s, queries_ + ((d / 4 * Traits::kSliceBytesQ + d % 4 * 32) >> 4),
-          b + ((d / 4 * Traits::kSliceBytesK + d % 4 * 32) >> 4), d > 0);
+          b + ((d / 4 * 2 * Traits::kSliceBytesK + d % 4 * 32) >> 4), d > 0);
     }
     wgmma_commit();
   }
-  /// Starts o += P v of a run that stays, once its values are there.
-  __device__ __forceinline__ void start_values(const Run& run) {
-    const int slot = Traits::kKeySlots + values_.slot;
-    wait(shared_.full[slot], values_.parity);
+  /// o += P v of the runs that stay, S of the next tile, and their places given back.
+  template <bool kHasNext, bool kFirst, bool kSecond>
+  __device__ __forceinline__ void finish_step(const Scores& s, int k_slot) {
+    uint32_t p[kRunK / 2];
+    if constexpr (kFirst) pack_run<0>(s, p);
+    if constexpr (kSecond) pack_run<1>(s, p);
+    if constexpr (kFirst || kSecond) {
+      RingCursor<Traits::kKeySlots> place = values_;
+      if constexpr (kFirst) {
+        start_values<0>(p, place, !this->is_first_);
+        place.advance();
+      }
+      if constexpr (kSecond) start_values<1>(p, place, kFirst ? 1 : !this->is_first_);
+      wgmma_commit();
+      this->is_first_ = false;
+    }
+    if constexpr (kHasNext || kFirst || kSecond) wgmma_wait<0>();
+    if constexpr (kHasNext) this->release(2 * k_slot);
+    if constexpr (kFirst) release_values();
+    if constexpr (kSecond) release_values();
+  }
+  template <int kRun>
+  __device__ __forceinline__ void pack_run(const Scores& s, uint32_t (&p)[kRunK / 2]) const {
+#pragma unroll
+    for (int n = kRun * kRunK / 4; n < (kRun + 1) * kRunK / 4; ++n) {
+      p[n] = pack<typename Traits::T>(s[n * 2], s[n * 2 + 1]);
+    }
+  }
+  template <int kRun>
+  __device__ __forceinline__ void start_values(const uint32_t (&p)[kRunK / 2],
+                                               const RingCursor<Traits::kKeySlots>& place,
+                                               int adds) {
+    const int slot = Traits::kKeySlots + place.slot;
+    wait(shared_.full[slot], place.parity);
     const uint32_t b = matrix_descriptor(shared_address(shared_.slots[slot]), Traits::kSliceBytesK);
     wgmma_fence();
 #pragma unroll
     for (int n = 0; n < kRunK / 16; ++n) {
-      wgmma<typename Traits::T, kHeadDim, true>(o_, run.p + n * 4, b + (n * 16 * 128 >> 4),
-                                                n == 0 ? !this->is_first_ : 1);
+      wgmma<typename Traits::T, kHeadDim, true>(o_, p + kRun * kRunK / 4 + n * 4,
+                                                b + (n * 16 * 128 >> 4), n == 0 ? adds : 1);
     }
-    wgmma_commit();
-  }
-  __device__ __forceinline__ void add_values(const Run& run) {
-    start_values(run);
-    wgmma_wait<0>();
-    release_values();
   }
   __device__ __forceinline__ void release_values() {
     this->release(Traits::kKeySlots + values_.slot);
     values_.advance();
-    this->is_first_ = false;
   }
 
-  /// The decision about a run, and its P; S of the next one (kHasNext), and P v of the last but one
-  /// if that stays (kHasValues).
-  template <bool kHasValues, bool kHasNext>
-  __device__ __forceinline__ void step(Run& run, Run& next) {
+  /// The decisions about the runs of a tile, P v of those that stay, and S of the next tile.
+  template <bool kHasNext>
+  __device__ __forceinline__ void step(Scores& s, Scores& next) {
     const int k_slot = keys_.slot;
-    if constexpr (kHasNext) start_scores(next.s, k_slot);
-    float limit[2], top[2];
-    find_limits(limit);
-    if ((num_keys_ & TileInfo::kCounts) != kRunK) {
-      this->template mask_keys<kRunK>(run.s, {num_keys_ & TileInfo::kCounts, 0});
-    }
+    if constexpr (kHasNext) start_scores(next, k_slot);
+    const uint32_t counts = num_keys_ & TileInfo::kCounts;
+    if (counts != TileInfo::kFull) this->template mask_keys<2 * kRunK>(s, {counts, 0});
+    const bool has_second = counts >= 256;
+    const bool is_sure = (num_keys_ & TileInfo::kIsKept) != 0;
+    const bool is_second_sure = (num_keys_ & TileInfo::kIsSecondKept) != 0;
     this->is_raised_ = false;
-    this->template find_lane_tops<0>(run.s, top);
-    const bool wants = cast(top, limit);
-    // After the vote, so that the others have it sooner.
-    if constexpr (kHasValues) start_values(run);
-    if constexpr (kHasNext) {
-      num_keys_ = next_.num_keys;
-      keys_.advance();
-      read_next();
+    float first[2], second[2];
+    this->template find_lane_tops<0>(s, first);
+    this->template find_lane_tops<1>(s, second);
+    const Wishes own = find_wishes(first);
+    Wishes of_second = find_wishes(second);
+    const uint32_t wants_first = is_sure ? kAllLanes : own.all();
+    const uint32_t wants_second = has_second ? (is_second_sure ? kAllLanes : of_second.all()) : 0u;
+    cast((wants_first != 0 ? Votes::kWantsFirst : 0u) |
+         (wants_second != 0 ? Votes::kWantsSecond : 0u));
+    if constexpr (kHasNext) go_on();
+    const uint32_t keeps_first =
+        wants_first != 0 ? wants_first
+                         : wait_for_wish<Votes::kWantsFirst>(shared_.votes, vote_, turn_);
+    if (keeps_first != 0) {
+      this->template follow_tops<0>(first, lazy_log2(), s);
+      this->template exponentials<0>(s);
+      find_limits();
     }
-    // A vote, for ptxas to see that all lanes go the same way: or products wait for each other
-    // (C7520).
-    run.lanes = __ballot_sync(kAllLanes, wants || any_wants(shared_.votes, turn_));
-    ++turn_;
-    if (run.is_kept()) {
-      this->template follow_tops<0>(top, is_running_max() ? 0.0f : Rows::kLazyLog2, run.s);
-      this->template exponentials<0>(run.s);
+    uint32_t keeps_second = wants_second;
+    if (has_second && wants_second == 0) {
+      keeps_second = wait_for_wish<Votes::kWantsSecond>(shared_.votes, vote_, turn_);
     }
-    const bool is_raised = this->is_raised_;
-    if constexpr (kHasValues || kHasNext) wgmma_wait<0>();
-    if constexpr (kHasNext) this->release(k_slot);
-    if constexpr (kHasValues) release_values();
-    if (run.is_kept()) {
-#pragma unroll
-      for (int n = 0; n < kRunK / 4; ++n) {
-        run.p[n] = pack<typename Traits::T>(run.s[n * 2], run.s[n * 2 + 1]);
+    if (keeps_first != 0 && keeps_second != 0 && !is_second_sure) {
+      next_turn();
+      of_second = find_wishes(second);
+      keeps_second = of_second.all();
+      cast(keeps_second != 0 ? Votes::kWantsFirst : 0u);
+      if (keeps_second == 0) {
+        keeps_second = wait_for_wish<Votes::kWantsFirst>(shared_.votes, vote_, turn_);
       }
     }
-    rescale_late();
-    late_lanes_ = __ballot_sync(kAllLanes, is_raised);
-    if (is_raised) {
-      late_factor_[0] = this->factor_[0];
-      late_factor_[1] = this->factor_[1];
+    next_turn();
+    if (!is_sure) num_passes_ += num_rows_;
+    if (has_second && !is_second_sure) num_passes_ += num_rows_;
+    if (keeps_first != 0 && !is_sure) num_passes_ -= own.num_rows();
+    if (keeps_second != 0) {
+      if (!is_second_sure) num_passes_ -= of_second.num_rows();
+      this->template follow_tops<1>(second, lazy_log2(), s);
+      this->template exponentials<1>(s);
+      find_limits();
+    }
+    if (this->is_raised_) this->rescale();
+    // No product is under way where they part but S of the next tile.
+    if (keeps_first != 0 && keeps_second != 0) {
+      finish_step<kHasNext, true, true>(s, k_slot);
+    } else if (keeps_first != 0) {
+      finish_step<kHasNext, true, false>(s, k_slot);
+    } else if (keeps_second != 0) {
+      finish_step<kHasNext, false, true>(s, k_slot);
+    } else {
+      finish_step<kHasNext, false, false>(s, k_slot);
     }
   }
-  /// P of the last but one is in o now; next comes that of the last run, where maxima may have
-  /// risen.
-  __device__ __forceinline__ void rescale_late() {
-    if (late_lanes_ == 0) return;
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 2; ++n) o_[n] *= late_factor_[n / 2 % 2];
+  __device__ __forceinline__ void next_turn() {
+    vote_ += Votes::kOne;
+    turn_ = (turn_ + 1) % Votes::kTurns;
   }
 
   __device__ bool is_running_max() const { return p_.skip.reference == SkipReference::kRunningMax; }
-  /// What the next scores of the rows must reach, log2 units. Of rows without keys so far: -inf.
-  __device__ __forceinline__ void find_limits(float (&limit)[2]) const {
+  __device__ float lazy_log2() const { return is_running_max() ? 0.0f : Rows::kLazyLog2; }
+  /// What scores of the rows must reach until a run stays, log2 units. Of rows without keys so far:
+  /// -inf.
+  __device__ __forceinline__ void find_limits() {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      // For both rules: without a branch it takes no time beside the maxima.
-      const float above = __log2f(quad_sum(row_sum_[half]));
-      limit[half] = row_max_[half] + (is_running_max() ? 0.0f : above) + threshold_log2_;
+      const float above = is_running_max() ? 0.0f : __log2f(quad_sum(row_sum_[half]));
+      limit_[half] = row_max_[half] + above + threshold_log2_;
     }
   }
-  /// Casts the warp's vote, whether a row is not below its limit. `top`: of this lane's columns.
-  __device__ __forceinline__ bool cast(const float (&top)[2], const float (&limit)[2]) {
-    // Of ballots alone, which tells ptxas that all lanes go the same way.
-    const uint32_t first = __ballot_sync(kAllLanes, is_row(0) && !(top[0] < limit[0]));
-    const uint32_t second = __ballot_sync(kAllLanes, is_row(1) && !(top[1] < limit[1]));
-    const bool is_sure = (num_keys_ & TileInfo::kIsKept) != 0;
-    const bool wants = (first | second) != 0 || is_sure;
-    if (lane_ == 0) {
-      post(shared_.votes.words[turn_ % Votes::kTurns][warp_index() - 4],
-           turn_ * 2 + (wants ? 1 : 0));
+  /// The lanes that hold a row of the lower or upper half which is not below its limit.
+  struct Wishes {
+    uint32_t lanes[2];
+    __device__ uint32_t all() const { return lanes[0] | lanes[1]; }
+    __device__ uint32_t num_rows() const {
+      return static_cast<uint32_t>(__popc(rows_of(lanes[0]) | rows_of(lanes[1]) << 1));
     }
-    if (!is_sure) {
-      num_passes_ +=
-          num_rows_ - static_cast<uint32_t>(__popc(rows_of(first) | rows_of(second) << 1));
-    }
-    return wants;
+  };
+  /// `top`: of this lane's columns. Of ballots alone, which tells ptxas that all lanes go the same
+  /// way.
+  __device__ __forceinline__ Wishes find_wishes(const float (&top)[2]) const {
+    return {{__ballot_sync(kAllLanes, is_row(0) && !(top[0] < limit_[0])),
+             __ballot_sync(kAllLanes, is_row(1) && !(top[1] < limit_[1]))}};
+  }
+  __device__ __forceinline__ void cast(uint32_t wishes) {
+    uint32_t& word = shared_.votes.words[turn_][lane_ % Votes::kWarps];
+    if (lane_ == warp_index() - 4) post(word, vote_ | wishes);
   }
   /// The rows of lanes, a bit each.
   __device__ static uint32_t rows_of(uint32_t lanes) {
@@ -248,15 +282,16 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
   }
 
   const float& threshold_log2_;
-  const uint32_t queries_;                       // of the warpgroup's rows, a descriptor
-  RingCursor<Traits::kKeySlots> keys_, values_;  // of the next run
+  const uint32_t queries_;                  // of the warpgroup's rows, a descriptor
+  RingCursor<Traits::kKeySlots / 2> keys_;  // of the next tile
+  RingCursor<Traits::kKeySlots> values_;    // of the next run that stays
   TileInfo next_;
-  uint32_t num_keys_;        // TileInfo's, of the run whose scores are there
-  uint32_t turn_ = 1;        // the number of that run
-  uint32_t late_lanes_ = 0;  // not 0 if maxima have risen in the last run, by late_factor_
-  uint32_t num_rows_;        // of this warp
-  uint32_t num_passes_;      // how many of them did without a run
-  float late_factor_[2];
+  uint32_t num_keys_;            // TileInfo's, of the tile whose scores are there
+  uint32_t vote_ = Votes::kOne;  // the next one, without a wish
+  uint32_t turn_ = 1;            // and its place
+  float limit_[2];               // of this lane's rows
+  uint32_t num_rows_;            // of this warp
+  uint32_t num_passes_;          // how many of them did without a run
 };
 
 }  // namespace sparline::cuda
