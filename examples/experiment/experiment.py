@@ -341,7 +341,8 @@ class Experiment:
     def train_router(self, piece: Piece) -> dict[str, Any]:
         row = piece.row
         assert row is not None
-        config = self.config(piece, row.method, self.settings["router"], {"task": "router"})
+        method = {**row.method, "low_bit": None}  # one for rows of all bits, and made in 16
+        config = self.config(piece, method, self.settings["router"], {"task": "router"})
 
         def show(done: int, total: int, words: str) -> None:
             if self.minutes_left() <= 0.0:
@@ -360,6 +361,7 @@ class Experiment:
 
     def train(self, config: train.Config) -> tuple[train.Trainer, dict[str, Any]]:
         """Runs to the end or out of time; the trainer, and what is to be told of the training."""
+        torch.compiler.reset()  # or the pieces before count towards the limit of recompilations
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

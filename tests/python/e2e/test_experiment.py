@@ -39,8 +39,8 @@ ROWS: list[dict[str, Any]] = [
     {
         "name": "sla2",
         "words": "SLA2",
-        "method": {"name": "sla2", "num_alphas": 16, **BLOCKS},
-        "router": "raster",
+        "method": {"name": "sla2", "num_alphas": 16, "low_bit": True, **BLOCKS},
+        "router": "raster",  # which is trained in 16 bits all the same
         "set": ["parameters.alpha.learning_rate=0.1"],
     },
     {"name": "linear", "words": "linear", "method": {"name": "linear"}, "has_ratio": False},
