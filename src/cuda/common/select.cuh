@@ -255,6 +255,7 @@ __device__ __forceinline__ bool find_cuts_in_bins(const Ranking& ranking, const 
   static_assert(kItems * kWarpSize <= kCountMask && WarpBins::kBins <= 256);
   const int lane = lane_index();
 
+  __syncwarp();  // all lanes have read the candidates of the row before
   bins.candidates[lane] = ~uint64_t{0};
   __syncwarp();  // of the zeros, in all lanes
   uint32_t bin_of[kItems];
