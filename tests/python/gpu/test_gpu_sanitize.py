@@ -6,7 +6,9 @@ by a factor of tens to hundreds:
     compute-sanitizer --tool memcheck --kernel-name kns=sparline --error-exitcode 9 \\
         python -m pytest -q -m gpu tests/python/gpu -k sanitize
 
-and likewise with racecheck, synccheck and (without the filter by name) initcheck.
+and likewise with racecheck, synccheck and (without the filter by name) initcheck. racecheck takes
+the votes of Hopper's skip kernels for races, words that warps store and poll: with the cases
+"dynsparse" and "blasst" of the fast paths it ends in an error (docs/performance-log.md).
 """
 
 from __future__ import annotations
