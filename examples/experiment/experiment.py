@@ -341,7 +341,7 @@ class Experiment:
     def train_router(self, piece: Piece) -> dict[str, Any]:
         row = piece.row
         assert row is not None
-        method = {**row.method, "low_bit": None}  # one for rows of all bits, and made in 16
+        method = in_16_bits(row.method)
         config = self.config(piece, method, self.settings["router"], {"task": "router"})
 
         def show(done: int, total: int, words: str) -> None:
@@ -639,7 +639,7 @@ def check_routers(rows: list[Row]) -> None:
     for row in rows:
         if row.router is None:
             continue
-        method = {name: value for name, value in row.method.items() if name != "low_bit"}
+        method = in_16_bits(row.method)
         if row.is_free or methods.setdefault(row.router, method) != method:
             raise SystemExit(
                 f"rows: {row.name} cannot start from the router {row.router}: a row without "
@@ -664,6 +664,11 @@ def mean_loss(losses: list[tuple[float, float]]) -> float:
 
 def rounded(losses: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(round(sigma, 5), round(loss, 6)) for sigma, loss in losses]
+
+
+def in_16_bits(method: dict[str, Any]) -> dict[str, Any]:
+    """What a router is trained for, whatever the bits of the rows that start from it."""
+    return {k: v for k, v in method.items() if k != "low_bit"}
 
 
 def without_name(method: dict[str, Any]) -> dict[str, Any]:
