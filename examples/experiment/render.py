@@ -55,7 +55,8 @@ Measured by `examples/experiment/experiment.py`, rendered by `examples/experimen
 - **PSNR, SSIM**: clips from noise, and over held-out clips, against those of dense from the same
   noise. **attention** is the relative L1 error against dense attention on the model's own q, k, v.
 - **ms** is a training step, where the run had its GPU to itself, or of 60 steps timed apart;
-  **GiB** the peak of memory allocated in training.
+  **GiB** the peak of memory allocated in training. Neither is told of five runs whose blocks ran
+  eagerly, behind torch's limit of recompilations: a process trains any number of rows since.
 
 A row, ratio or seed of the experiment's configuration that is in no table has not been run yet.
 """
