@@ -19,8 +19,8 @@ struct SparseForwardSm90Traits {
   static constexpr int32_t kMostKeyBlocks = most_key_blocks(kTiles, kHeadDim);
   static constexpr bool kHasLinear = kTiles == Tiles::kLinear;
   // Whether a skip rule's votes are counted at a barrier of each warpgroup, and values asked for,
-  // as in sparse_fwd_skip_apart.cuh; or a tile is one run, as in sparse_fwd_skip_runs.cuh; else as
-  // in sparse_fwd_skip.cuh.
+  // as in sparse_fwd_skip_apart.cuh; or runs have places of their own, as in
+  // sparse_fwd_skip_runs.cuh; else as in sparse_fwd_skip.cuh.
   static constexpr bool kIsApart = kTiles == Tiles::kSkippedApart;
   static constexpr bool kHasRuns = kTiles == Tiles::kSkippedRuns;
   static constexpr bool kVotesInRounds = kTiles == Tiles::kSkipped;
