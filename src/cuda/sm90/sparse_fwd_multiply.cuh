@@ -104,6 +104,7 @@ class SparseForwardSm90Rows {
     if (tile.block >= 0) load_queries(tile.block);
   }
   __device__ __forceinline__ void release(int slot) {
+    __syncwarp();  // what the others have read of it
     if (lane_ == 0) arrive(shared_.empty[slot]);
   }
   __device__ __forceinline__ void reset(int32_t block) {
