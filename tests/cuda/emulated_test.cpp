@@ -713,6 +713,30 @@ TEST(HopperSkip, ManyQueryBlocks) {
   }
 }
 
+/// Query blocks of one tile of one run each: whoever does not have to wait is blocks ahead of others.
+TEST(HopperSkip, ShortPackedSequences) {
+  constexpr int32_t kLength = 40, kNumSequences = 30;
+  uint64_t seed = 60;
+  for (const bool is_protected : {false, true}) {
+    const OnHopper on_hopper(1);
+    const OrderByTurns order(++seed);
+    Case c = long_rows_case(seed, kLength * kNumSequences, 128, 64, SkipReference::kKeptLse, 0);
+    Problem& p = c.problem;
+    p.batch = 1;
+    p.num_keys = p.num_queries;
+    for (int32_t n = 0; n < kNumSequences; ++n) {
+      const Segment segment{n * kLength, (n + 1) * kLength, n, is_protected};
+      p.query_segments.push_back(segment);
+      p.key_segments.push_back(segment);
+    }
+    const Inputs inputs = skip_inputs(c);
+    const int64_t before = cuda::emulator::num_boxes;
+    check_inputs(c, inputs);
+    EXPECT_GT(cuda::emulator::num_boxes, before) << describe(c);
+    check_orders(c, inputs, seed);
+  }
+}
+
 /// The same where each 64 rows decide: a block is copied at most once, for one half or both.
 TEST(HopperSkipApart, ValuesThatNeitherHalfWantsAreNotLoaded) {
   uint64_t seed = 0;

@@ -43,16 +43,6 @@
 
 namespace sparline::cuda {
 
-/// How many warps give a slot back. Where tiles are runs, keys are the warp's as well that decides
-/// upon them for the values.
-template <class Traits>
-__device__ constexpr uint32_t num_readers(int slot) {
-  if constexpr (Traits::kHasRuns) {
-    if (slot < Traits::kKeySlots) return Traits::kMultiplyWarps + 1;
-  }
-  return Traits::kMultiplyWarps;
-}
-
 template <class Traits>
 using SparseForwardSm90Keys =
     std::conditional_t<Traits::kHasRuns, SparseForwardSm90RunLoader<Traits, false>,
@@ -75,7 +65,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int n = 0; n < Traits::kSlots; ++n) {
       init(shared.full[n], 1);
-      init(shared.empty[n], num_readers<Traits>(n));
+      init(shared.empty[n], Traits::kMultiplyWarps);
     }
     init(shared.q_full, 1);
     init(shared.q_empty, Traits::kMultiplyWarps);

@@ -82,6 +82,7 @@ class SparseForwardSm90RunLoader : SparseForwardSm90Copies<Traits> {
                                             const BlockPlace& at, int32_t block) {
     const int slot = 2 * keys_.slot;
     wait(shared_.empty[slot], keys_.parity ^ 1);
+    wait_for_decisions();
     if (elect_one()) {
       uint32_t num_keys = static_cast<uint32_t>(first.num_keys + 256 * second.num_keys);
       if (is_sure(first, at)) num_keys |= TileInfo::kIsKept;
@@ -94,6 +95,18 @@ class SparseForwardSm90RunLoader : SparseForwardSm90Copies<Traits> {
     }
     __syncwarp();
     keys_.advance();
+    ++num_tiles_;
+  }
+  /// The next tile's keys let those who multiply cast votes, in the place of earlier ones: these
+  /// must have been looked at.
+  __device__ __forceinline__ void wait_for_decisions() {
+    [[maybe_unused]] int num_polls = 0;
+    while (static_cast<int32_t>(num_tiles_ - num_decided_) >= Traits::kTurns / 2) {
+      num_decided_ = __shfl_sync(kAllLanes, posted(shared_.votes.num_decided), 0);
+#ifdef SPARLINE_WATCHDOG
+      if (++num_polls > SPARLINE_WATCHDOG) __trap();
+#endif
+    }
   }
   /// Rows of the two runs of a tile lie one behind the other.
   __device__ __forceinline__ void load_keys(const KeyRun& run, int slot, int offset,
@@ -105,9 +118,8 @@ class SparseForwardSm90RunLoader : SparseForwardSm90Copies<Traits> {
     }
   }
 
-  /// Values of the runs of a tile, each as soon as one warp wants it. The keys' place is given back
-  /// once this warp has decided too: until then no vote is cast in the place of those that it looks
-  /// at. The decisions are those of SparseForwardSm90SkipRuns::step(), from the same votes.
+  /// Values of the runs of a tile, each as soon as one warp wants it. The decisions are those of
+  /// SparseForwardSm90SkipRuns::step(), from the same votes.
   __device__ __forceinline__ void decide(const KeyRun& first, const KeyRun& second,
                                          const BlockPlace& at) {
     const bool keeps_first = is_sure(first, at) || is_wanted<Votes::kWantsFirst>();
@@ -122,9 +134,10 @@ class SparseForwardSm90RunLoader : SparseForwardSm90Copies<Traits> {
       if (keeps_second) load_values(second, at);
     }
     ++turn_;
-    if (elect_one()) arrive(shared_.empty[2 * keys_.slot]);
+    ++num_decided_;
+    __syncwarp();  // all lanes have looked
+    if (elect_one()) post(shared_.votes.num_decided, num_decided_);
     __syncwarp();
-    keys_.advance();
   }
   template <uint32_t kWish>
   __device__ __forceinline__ bool is_wanted() const {
@@ -145,7 +158,9 @@ class SparseForwardSm90RunLoader : SparseForwardSm90Copies<Traits> {
   RingCursor<Traits::kKeySlots / 2> keys_;
   RingCursor<Traits::kKeySlots> values_;
   uint32_t q_parity_ = 0;
-  uint32_t turn_ = 1;  // the number of the next vote
+  uint32_t turn_ = 1;         // the number of the next vote
+  uint32_t num_tiles_ = 0;    // whose keys are loaded, or asked for
+  uint32_t num_decided_ = 0;  // upon which has been decided, as far as this warp knows
 };
 
 }  // namespace sparline::cuda

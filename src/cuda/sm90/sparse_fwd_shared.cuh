@@ -28,12 +28,13 @@ struct SparseForwardSm90Traits {
   static constexpr int kTileQ = 128, kTileK = kHasRuns ? 64 : 128, kRunK = 64;
   static constexpr int kSlices = kHeadDim / 64;  // of 64 columns, one behind the other
   // With kHasRuns: slots of runs of keys, two a tile, and as many of values; and votes that are
-  // kept, up to two a tile. Those on tile t are cast when the keys of tile t + 1 are there, so that
-  // all have given back those of tile t + 1 - kKeySlots / 2: who multiplies has decided upon all
-  // tiles before that one.
+  // kept, up to two a tile. Those on tile t are cast when the keys of tile t + 1 are there. By then
+  // who multiplies has given back those of tile t + 1 - kKeySlots / 2, and has decided upon all
+  // before; the warp that loads values has decided upon tile t + 1 - kTurns / 2, for which keys
+  // wait.
   static constexpr int kKeySlots = kHeadDim == 64 ? 8 : 6;
   static constexpr int kTurns = kHeadDim == 64 ? 16 : 8;
-  static_assert(kTurns > kKeySlots && kKeySlots % 2 == 0);
+  static_assert(kTurns >= kKeySlots && kKeySlots % 2 == 0 && kTurns % 2 == 0);
   static constexpr int kSlots = kHasRuns ? 2 * kKeySlots : (kHeadDim == 64 ? 12 : 6);
   // Whether the warpgroups start their products one after the other, so that the softmax of one
   // runs beside the products of the other: 17 % faster at head_dim 64, where the exponentials take
@@ -127,9 +128,11 @@ struct RunVotes {
   // that have added theirs.
   static constexpr int kCountBits = 28;
   uint32_t num_passes[kPlaces];
+  uint32_t num_decided;  // tiles that the warp which loads values has decided upon
 
   /// One thread, before anyone looks.
   __device__ void init_all() {
+    num_decided = 0;
     for (auto& turn : words) {
       for (uint32_t& word : turn) word = 0;
     }

@@ -16,8 +16,9 @@
 //
 //   Shared    queries, where they are the A operand: there are no registers for them. A ring of 3
 //             slots (head_dim 128) of 128 keys, and one of 6 slots of values of 64
-//   Sync      keys are given back by those who multiply and by the warp that loads values, queries
-//             at the end of a query block
+//   Sync      keys are given back once multiplied, queries at the end of a query block; votes take
+//             the place of older ones, upon which the warp that loads values has decided: it counts
+//             tiles in a word, and keys wait for that
 //   Counts    of rows that did without a run are added up at the end of a query block, by the warps
 //             that multiply; bits of the blocks that stay are stored by the warp that loads values
 #pragma once
