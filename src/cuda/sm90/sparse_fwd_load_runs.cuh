@@ -141,7 +141,8 @@ class SparseForwardSm90RunLoader : SparseForwardSm90Copies<Traits> {
   }
   template <uint32_t kWish>
   __device__ __forceinline__ bool is_wanted() const {
-    return wait_for_wish<kWish>(shared_.votes, turn_ * Votes::kOne, turn_ % Votes::kTurns) != 0;
+    uint32_t wishes;
+    return wait_for_wish<kWish>(shared_.votes, turn_ * Votes::kOne, turn_ % Votes::kTurns, wishes);
   }
   __device__ __forceinline__ void load_values(const KeyRun& run, const BlockPlace& at) {
     const int slot = Traits::kKeySlots + values_.slot;

@@ -139,17 +139,20 @@ struct RunVotes {
   }
 };
 
-/// Whether any warp has this wish: known with the first one, or with the last vote. A ballot of all
-/// lanes: not 0 if one has. `vote`: one without wishes; `turn`: its place.
+/// Whether any warp has this wish: known with the first one, or with the last vote. The same for
+/// all lanes. `vote`: one without wishes; `turn`: its place; `wishes`: those of the lane's warp, if
+/// its vote is there, as those of all warps are where nobody has this wish.
 template <uint32_t kWish, class Votes>
-__device__ __forceinline__ uint32_t wait_for_wish(const Votes& votes, uint32_t vote,
-                                                  uint32_t turn) {
+__device__ __forceinline__ bool wait_for_wish(const Votes& votes, uint32_t vote, uint32_t turn,
+                                              uint32_t& wishes) {
   [[maybe_unused]] int num_polls = 0;
   while (true) {
     // Of this vote less than kOne, of one before a large number.
-    const uint32_t found = posted(votes.words[turn][lane_index() % Votes::kWarps]) - vote;
-    const uint32_t wishes = __ballot_sync(kAllLanes, found < Votes::kOne && (found & kWish) != 0);
-    if (wishes != 0 || __all_sync(kAllLanes, found < Votes::kOne) != 0) return wishes;
+    wishes = posted(votes.words[turn][lane_index() % Votes::kWarps]) - vote;
+    const bool is_there = wishes < Votes::kOne;
+    const bool is_wished = __any_sync(kAllLanes, is_there && (wishes & kWish) != 0) != 0;
+    const bool are_there = __all_sync(kAllLanes, is_there) != 0;
+    if (is_wished || are_there) return is_wished;
 #ifdef SPARLINE_WATCHDOG
     if (++num_polls > SPARLINE_WATCHDOG) __trap();
 #endif

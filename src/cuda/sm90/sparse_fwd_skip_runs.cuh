@@ -188,51 +188,51 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
     float first[2], second[2];
     this->template find_lane_tops<0>(s, first);
     this->template find_lane_tops<1>(s, second);
-    const Wishes own = find_wishes(first);
-    Wishes of_second = find_wishes(second);
-    const uint32_t wants_first = is_sure ? kAllLanes : own.all();
-    const uint32_t wants_second = has_second ? (is_second_sure ? kAllLanes : of_second.all()) : 0u;
-    cast((wants_first != 0 ? Votes::kWantsFirst : 0u) |
-         (wants_second != 0 ? Votes::kWantsSecond : 0u));
+    const bool wants_first = is_sure || is_above(first);
+    const bool wants_second = has_second && (is_second_sure || is_above(second));
+    cast((wants_first ? Votes::kWantsFirst : 0u) | (wants_second ? Votes::kWantsSecond : 0u));
     if constexpr (kHasNext) go_on();
-    const uint32_t keeps_first =
-        wants_first != 0 ? wants_first
-                         : wait_for_wish<Votes::kWantsFirst>(shared_.votes, vote_, turn_);
-    if (keeps_first != 0) {
+    uint32_t wishes = 0;  // of all warps, where none wants the first run
+    const bool keeps_first = wants_first || heeds<Votes::kWantsFirst>(wishes);
+    bool keeps_second = wants_second;
+    if (!keeps_first && !keeps_second) {
+      keeps_second = has_second && __any_sync(kAllLanes, (wishes & Votes::kWantsSecond) != 0) != 0;
+    }
+    if (!keeps_first && !keeps_second) {  // nobody wants anything: the shortest way on
+      next_turn();
+      num_passes_ += has_second ? 2 * num_rows_ : num_rows_;
+      finish_step<kHasNext, false, false>(s, k_slot);
+      return;
+    }
+    if (!is_sure) num_passes_ += num_rows_;
+    if (has_second && !is_second_sure) num_passes_ += num_rows_;
+    if (keeps_first) {
+      if (!is_sure) num_passes_ -= num_rows_above(first);
       this->template follow_tops<0>(first, lazy_log2(), s);
       this->template exponentials<0>(s);
       find_limits();
-    }
-    uint32_t keeps_second = wants_second;
-    if (has_second && wants_second == 0) {
-      keeps_second = wait_for_wish<Votes::kWantsSecond>(shared_.votes, vote_, turn_);
-    }
-    if (keeps_first != 0 && keeps_second != 0 && !is_second_sure) {
-      next_turn();
-      of_second = find_wishes(second);
-      keeps_second = of_second.all();
-      cast(keeps_second != 0 ? Votes::kWantsFirst : 0u);
-      if (keeps_second == 0) {
-        keeps_second = wait_for_wish<Votes::kWantsFirst>(shared_.votes, vote_, turn_);
+      if (has_second && !keeps_second) keeps_second = heeds<Votes::kWantsSecond>(wishes);
+      if (keeps_second && !is_second_sure) {
+        next_turn();
+        keeps_second = is_above(second);
+        cast(keeps_second ? Votes::kWantsFirst : 0u);
+        if (!keeps_second) keeps_second = heeds<Votes::kWantsFirst>(wishes);
       }
     }
     next_turn();
-    if (!is_sure) num_passes_ += num_rows_;
-    if (has_second && !is_second_sure) num_passes_ += num_rows_;
-    if (keeps_first != 0 && !is_sure) num_passes_ -= own.num_rows();
-    if (keeps_second != 0) {
-      if (!is_second_sure) num_passes_ -= of_second.num_rows();
+    if (keeps_second) {
+      if (!is_second_sure) num_passes_ -= num_rows_above(second);
       this->template follow_tops<1>(second, lazy_log2(), s);
       this->template exponentials<1>(s);
       find_limits();
     }
     if (this->is_raised_) this->rescale();
     // No product is under way where they part but S of the next tile.
-    if (keeps_first != 0 && keeps_second != 0) {
+    if (keeps_first && keeps_second) {
       finish_step<kHasNext, true, true>(s, k_slot);
-    } else if (keeps_first != 0) {
+    } else if (keeps_first) {
       finish_step<kHasNext, true, false>(s, k_slot);
-    } else if (keeps_second != 0) {
+    } else if (keeps_second) {
       finish_step<kHasNext, false, true>(s, k_slot);
     } else {
       finish_step<kHasNext, false, false>(s, k_slot);
@@ -254,23 +254,27 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
       limit_[half] = row_max_[half] + above + threshold_log2_;
     }
   }
-  /// The lanes that hold a row of the lower or upper half which is not below its limit.
-  struct Wishes {
-    uint32_t lanes[2];
-    __device__ uint32_t all() const { return lanes[0] | lanes[1]; }
-    __device__ uint32_t num_rows() const {
-      return static_cast<uint32_t>(__popc(rows_of(lanes[0]) | rows_of(lanes[1]) << 1));
-    }
-  };
-  /// `top`: of this lane's columns. Of ballots alone, which tells ptxas that all lanes go the same
-  /// way.
-  __device__ __forceinline__ Wishes find_wishes(const float (&top)[2]) const {
-    return {{__ballot_sync(kAllLanes, is_row(0) && !(top[0] < limit_[0])),
-             __ballot_sync(kAllLanes, is_row(1) && !(top[1] < limit_[1]))}};
+  /// Whether a row of this half is not below its limit, as far as this lane's columns tell: `top`.
+  __device__ __forceinline__ bool is_above(const float (&top)[2], int half) const {
+    return is_row(half) && !(top[half] < limit_[half]);
+  }
+  /// Whether any row of the warp is: the vote tells ptxas that all lanes go the same way.
+  __device__ __forceinline__ bool is_above(const float (&top)[2]) const {
+    return __any_sync(kAllLanes, is_above(top, 0) || is_above(top, 1)) != 0;
+  }
+  __device__ __forceinline__ uint32_t num_rows_above(const float (&top)[2]) const {
+    const uint32_t low = __ballot_sync(kAllLanes, is_above(top, 0));
+    const uint32_t high = __ballot_sync(kAllLanes, is_above(top, 1));
+    return static_cast<uint32_t>(__popc(rows_of(low) | rows_of(high) << 1));
   }
   __device__ __forceinline__ void cast(uint32_t wishes) {
     uint32_t& word = shared_.votes.words[turn_][lane_ % Votes::kWarps];
     if (lane_ == warp_index() - 4) post(word, vote_ | wishes);
+  }
+  /// Whether another warp has this wish, in the last vote.
+  template <uint32_t kWish>
+  __device__ __forceinline__ bool heeds(uint32_t& wishes) const {
+    return wait_for_wish<kWish>(shared_.votes, vote_, turn_, wishes);
   }
   /// The rows of lanes, a bit each.
   __device__ static uint32_t rows_of(uint32_t lanes) {
