@@ -186,17 +186,23 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
     const bool is_second_sure = (num_keys_ & TileInfo::kIsSecondKept) != 0;
     this->is_raised_ = false;
     float first[2], second[2];
-    this->template find_lane_tops<0>(s, first);
-    this->template find_lane_tops<1>(s, second);
-    const bool wants_first = is_sure || is_above(first);
-    const bool wants_second = has_second && (is_second_sure || is_above(second));
+    find_positive_tops<0>(s, first);
+    find_positive_tops<1>(s, second);
+    if (__builtin_expect(!is_positive_, 0)) {
+      this->template find_lane_tops<0>(s, first);
+      this->template find_lane_tops<1>(s, second);
+    }
+    // Without short cuts here: each would be a branch, or turn a predicate of the warp into one of
+    // lanes and back.
+    const bool wants_first = is_sure | is_above(first);
+    const bool wants_second = has_second & (is_second_sure | is_above(second));
     cast((wants_first ? Votes::kWantsFirst : 0u) | (wants_second ? Votes::kWantsSecond : 0u));
     if constexpr (kHasNext) go_on();
     uint32_t wishes = 0;  // of all warps, where none wants the first run
     const bool keeps_first = wants_first || heeds<Votes::kWantsFirst>(wishes);
     bool keeps_second = wants_second;
-    if (!keeps_first && !keeps_second) {
-      keeps_second = has_second && __any_sync(kAllLanes, (wishes & Votes::kWantsSecond) != 0) != 0;
+    if (!keeps_first) {
+      keeps_second |= has_second & (__any_sync(kAllLanes, (wishes & Votes::kWantsSecond) != 0) != 0);
     }
     if (!keeps_first && !keeps_second) {  // nobody wants anything: the shortest way on
       next_turn();
@@ -253,14 +259,35 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
       const float above = is_running_max() ? 0.0f : __log2f(quad_sum(row_sum_[half]));
       limit_[half] = row_max_[half] + above + threshold_log2_;
     }
+    is_positive_ = __all_sync(kAllLanes, is_positive(0) && is_positive(1)) != 0;
+  }
+  __device__ __forceinline__ bool is_positive(int half) const {
+    return !is_row(half) || (row_max_[half] >= 0.0f && limit_[half] > 0.0f);
+  }
+  /// As find_lane_tops() where is_positive_: numbers below 0, of which this may take the wrong one,
+  /// are then below all that they are compared with. As integers three numbers are compared by one
+  /// instruction.
+  template <int kRun>
+  __device__ __forceinline__ void find_positive_tops(const Scores& s, float (&top)[2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto at = [&](int n) { return s[kRun * kRunK / 2 + n / 2 * 4 + half * 2 + n % 2]; };
+      float tops[2] = {at(0), at(1)};
+#pragma unroll
+      for (int n = 2; n < kRunK / 4; n += 2) {
+        largest_as_integer(tops[n / 2 % 2], at(n), at(n + 1));
+      }
+      largest_as_integer(tops[0], tops[1], tops[1]);
+      top[half] = tops[0] * p_.scale_log2;
+    }
   }
   /// Whether a row of this half is not below its limit, as far as this lane's columns tell: `top`.
   __device__ __forceinline__ bool is_above(const float (&top)[2], int half) const {
-    return is_row(half) && !(top[half] < limit_[half]);
+    return is_row(half) & !(top[half] < limit_[half]);
   }
   /// Whether any row of the warp is: the vote tells ptxas that all lanes go the same way.
   __device__ __forceinline__ bool is_above(const float (&top)[2]) const {
-    return __any_sync(kAllLanes, is_above(top, 0) || is_above(top, 1)) != 0;
+    return __any_sync(kAllLanes, is_above(top, 0) | is_above(top, 1)) != 0;
   }
   __device__ __forceinline__ uint32_t num_rows_above(const float (&top)[2]) const {
     const uint32_t low = __ballot_sync(kAllLanes, is_above(top, 0));
@@ -295,6 +322,7 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
   uint32_t vote_ = Votes::kOne;  // the next one, without a wish
   uint32_t turn_ = 1;            // and its place
   float limit_[2];               // of this lane's rows
+  bool is_positive_ = false;     // whether no row of the warp has a maximum or a limit below 0
   uint32_t num_rows_;            // of this warp
   uint32_t num_passes_;          // how many of them did without a run
 };
