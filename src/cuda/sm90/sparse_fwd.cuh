@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   SPARLINE_DYNAMIC_SHARED_ALIGNED(bytes, 1024);
   auto& shared = *reinterpret_cast<SparseForwardSm90Shared<Traits>*>(bytes);
   if (threadIdx.x == 0) {
-    for (int n = 0; n < Traits::kRingSlots; ++n) {
+    for (int n = 0; n < Traits::kSlots; ++n) {
       init(shared.full[n], 1);
       init(shared.empty[n], Traits::kMultiplyWarps);
     }

@@ -63,7 +63,7 @@ class SparseForwardSm90RunLoader : SparseForwardSm90Copies<Traits> {
       if (elect_one()) arrive(shared_.list_empty[list.slot]);
       list.advance();
     }
-    if constexpr (!kIsValues) this->end_tiles(keys_.slot, keys_.parity);
+    if constexpr (!kIsValues) this->end_tiles(2 * keys_.slot, keys_.parity);
   }
 
  private:
@@ -80,7 +80,7 @@ class SparseForwardSm90RunLoader : SparseForwardSm90Copies<Traits> {
 
   __device__ __forceinline__ void load_keys(const KeyRun& first, const KeyRun& second,
                                             const BlockPlace& at, int32_t block) {
-    const int slot = keys_.slot;
+    const int slot = 2 * keys_.slot;
     wait(shared_.empty[slot], keys_.parity ^ 1);
     wait_for_decisions();
     if (elect_one()) {
@@ -113,7 +113,7 @@ class SparseForwardSm90RunLoader : SparseForwardSm90Copies<Traits> {
                                             const BlockPlace& at) {
 #pragma unroll
     for (int slice = 0; slice < Traits::kSlices; ++slice) {
-      load_box(this->place(2 * slot, 2 * slice, offset), params_.k, shared_.full[slot], slice * 64,
+      load_box(this->place(slot, 2 * slice, offset), params_.k, shared_.full[slot], slice * 64,
                run.first_key, at.h_kv, at.b);
     }
   }
@@ -145,12 +145,11 @@ class SparseForwardSm90RunLoader : SparseForwardSm90Copies<Traits> {
     return wait_for_wish<kWish>(shared_.votes, turn_ * Votes::kOne, turn_ % Votes::kTurns, wishes);
   }
   __device__ __forceinline__ void load_values(const KeyRun& run, const BlockPlace& at) {
-    const int slot = Traits::kFirstValues + values_.slot;
+    const int slot = Traits::kKeySlots + values_.slot;
     wait(shared_.empty[slot], values_.parity ^ 1);
     if (elect_one()) {
-      Barrier& full = shared_.full[slot];
-      arrive_expecting(full, kRunBytes);
-      Copies::template load_run<true>(run, Traits::kKeySlots + values_.slot, 0, at, full);
+      arrive_expecting(shared_.full[slot], kRunBytes);
+      Copies::template load_run<true>(run, slot, 0, at);
     }
     __syncwarp();
     values_.advance();
@@ -158,7 +157,7 @@ class SparseForwardSm90RunLoader : SparseForwardSm90Copies<Traits> {
   }
 
   RingCursor<Traits::kKeySlots / 2> keys_;
-  RingCursor<Traits::kValueSlots> values_;
+  RingCursor<Traits::kKeySlots> values_;
   uint32_t q_parity_ = 0;
   uint32_t turn_ = 1;         // the number of the next vote
   uint32_t num_tiles_ = 0;    // whose keys are loaded, or asked for

@@ -27,17 +27,15 @@ struct SparseForwardSm90Traits {
   static constexpr bool kHasSkip = kIsApart || kHasRuns || kVotesInRounds;
   static constexpr int kTileQ = 128, kTileK = kHasRuns ? 64 : 128, kRunK = 64;
   static constexpr int kSlices = kHeadDim / 64;  // of 64 columns, one behind the other
-  // With kHasRuns: slots of runs of keys, two a tile, and of values; and votes that are kept, up to
-  // two a tile. Those on tile t are cast when the keys of tile t + 1 are there. By then who
-  // multiplies has given back those of tile t + 1 - kKeySlots / 2, and has decided upon all before;
-  // the warp that loads values has decided upon tile t + 1 - kTurns / 2, for which keys wait.
-  static constexpr int kKeySlots = 8, kValueSlots = kHeadDim == 64 ? 8 : 4;
-  static constexpr int kTurns = kHeadDim == 64 ? 16 : 10;
+  // With kHasRuns: slots of runs of keys, two a tile, and as many of values; and votes that are
+  // kept, up to two a tile. Those on tile t are cast when the keys of tile t + 1 are there. By then
+  // who multiplies has given back those of tile t + 1 - kKeySlots / 2, and has decided upon all
+  // before; the warp that loads values has decided upon tile t + 1 - kTurns / 2, for which keys
+  // wait.
+  static constexpr int kKeySlots = kHeadDim == 64 ? 8 : 6;
+  static constexpr int kTurns = kHeadDim == 64 ? 16 : 8;
   static_assert(kTurns >= kKeySlots && kKeySlots % 2 == 0 && kTurns % 2 == 0);
-  static constexpr int kSlots = kHasRuns ? kKeySlots + kValueSlots : (kHeadDim == 64 ? 12 : 6);
-  // What is waited for at a time: a slot, or with kHasRuns the keys of a tile, then a run of values.
-  static constexpr int kFirstValues = kKeySlots / 2;
-  static constexpr int kRingSlots = kHasRuns ? kFirstValues + kValueSlots : kSlots;
+  static constexpr int kSlots = kHasRuns ? 2 * kKeySlots : (kHeadDim == 64 ? 12 : 6);
   // Whether the warpgroups start their products one after the other, so that the softmax of one
   // runs beside the products of the other: 17 % faster at head_dim 64, where the exponentials take
   // as long as the products, and 1 % slower at 128 (docs/performance-log.md).
@@ -166,9 +164,9 @@ struct SparseForwardSm90Shared {
   using T = typename Traits::T;
   T q[Traits::kTileQ * Traits::kHeadDim];
   T slots[Traits::kSlots][Traits::kTileK * Traits::kHeadDim];
-  Barrier full[Traits::kRingSlots], empty[Traits::kRingSlots];
+  Barrier full[Traits::kSlots], empty[Traits::kSlots];
   Barrier q_full, q_empty, list_full[2], list_empty[2];
-  TileInfo infos[Traits::kRingSlots];
+  TileInfo infos[Traits::kSlots];
   int32_t list_block[2];  // whose list it is: entry in `places`; -1: no more
   BlockPlace places[Traits::kPlaces];
   float lse_shift[3][Traits::kTileQ];  // with k_mean, of blocks by turn: scale q_r . k_mean

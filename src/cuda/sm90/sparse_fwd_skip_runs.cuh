@@ -76,8 +76,8 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
  private:
   /// Waits for the keys of the next tile.
   __device__ __forceinline__ void read_next() {
-    wait(shared_.full[keys_.slot], keys_.parity);
-    next_ = shared_.infos[keys_.slot];
+    wait(shared_.full[2 * keys_.slot], keys_.parity);
+    next_ = shared_.infos[2 * keys_.slot];
   }
   /// Whether the next tile, if there is any, is of another query block.
   __device__ bool is_last() const { return next_.block >= 0 || next_.num_keys == TileInfo::kEnd; }
@@ -93,7 +93,7 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
     find_limits();
     start_scores(s, keys_.slot);
     wgmma_wait<0>();
-    this->release(keys_.slot);
+    this->release(2 * keys_.slot);
     go_on();
   }
   __device__ __forceinline__ void go_on() {
@@ -134,7 +134,7 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
     if constexpr (kFirst) pack_run<0>(s, p);
     if constexpr (kSecond) pack_run<1>(s, p);
     if constexpr (kFirst || kSecond) {
-      RingCursor<Traits::kValueSlots> place = values_;
+      RingCursor<Traits::kKeySlots> place = values_;
       if constexpr (kFirst) {
         start_values<0>(p, place, !this->is_first_);
         place.advance();
@@ -144,7 +144,7 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
       this->is_first_ = false;
     }
     if constexpr (kHasNext || kFirst || kSecond) wgmma_wait<0>();
-    if constexpr (kHasNext) this->release(k_slot);
+    if constexpr (kHasNext) this->release(2 * k_slot);
     if constexpr (kFirst) release_values();
     if constexpr (kSecond) release_values();
   }
@@ -157,12 +157,11 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
   }
   template <int kRun>
   __device__ __forceinline__ void start_values(const uint32_t (&p)[kRunK / 2],
-                                               const RingCursor<Traits::kValueSlots>& place,
+                                               const RingCursor<Traits::kKeySlots>& place,
                                                int adds) {
-    wait(shared_.full[Traits::kFirstValues + place.slot], place.parity);
-    const uint32_t b =
-        matrix_descriptor(shared_address(shared_.slots[Traits::kKeySlots + place.slot]),
-                          Traits::kSliceBytesK);
+    const int slot = Traits::kKeySlots + place.slot;
+    wait(shared_.full[slot], place.parity);
+    const uint32_t b = matrix_descriptor(shared_address(shared_.slots[slot]), Traits::kSliceBytesK);
     wgmma_fence();
 #pragma unroll
     for (int n = 0; n < kRunK / 16; ++n) {
@@ -171,7 +170,7 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
     }
   }
   __device__ __forceinline__ void release_values() {
-    this->release(Traits::kFirstValues + values_.slot);
+    this->release(Traits::kKeySlots + values_.slot);
     values_.advance();
   }
 
@@ -317,7 +316,7 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
   const float& threshold_log2_;
   const uint32_t queries_;                  // of the warpgroup's rows, a descriptor
   RingCursor<Traits::kKeySlots / 2> keys_;  // of the next tile
-  RingCursor<Traits::kValueSlots> values_;  // of the next run that stays
+  RingCursor<Traits::kKeySlots> values_;    // of the next run that stays
   TileInfo next_;
   uint32_t num_keys_;            // TileInfo's, of the tile whose scores are there
   uint32_t vote_ = Votes::kOne;  // the next one, without a wish
