@@ -50,8 +50,7 @@ void post(uint32_t& word, uint32_t value);
 /// Lets others go on first: it is read in loops.
 uint32_t posted(const uint32_t& word);
 inline void largest_as_integer(float& most, float x, float y) {
-  most = __int_as_float(
-      std::max({__float_as_int(most), __float_as_int(x), __float_as_int(y)}));
+  most = __int_as_float(std::max({__float_as_int(most), __float_as_int(x), __float_as_int(y)}));
 }
 void sync_named(int idx, int num_threads);
 void arrive_named(int idx, int num_threads);
