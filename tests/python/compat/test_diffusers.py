@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -420,6 +421,16 @@ def test_state_of_other_blocks_warns(tmp_path: Path) -> None:
     other = sparline.apply(tiny_wan(), sparline.SLA(keep_ratio=0.25, block_q=32, block_k=16))
     with pytest.warns(UserWarning, match="block_q=16.*block_q=32"):
         sparline.load_state(other, path)
+
+
+def test_state_learned_in_16_bits_serves_low_bit(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    sparline.save_state(sparline.apply(tiny_wan(), SPARSE), path)
+    other = sparline.apply(tiny_wan(), replace(SPARSE, low_bit=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sparline.load_state(other, path)
+    assert other.blocks[0].attn1.processor.attention.method.low_bit is not None
 
 
 def test_what_is_no_state_file(tmp_path: Path) -> None:
