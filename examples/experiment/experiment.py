@@ -32,30 +32,24 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import measures
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import sparline
 from sparline import density, train
-from sparline.demo.data import ClipSource, load_scenes, save_scenes
-from sparline.demo.pipeline import DemoPipeline
-from sparline.integrations.probe import achieved_sparsity
+from sparline.demo.data import save_scenes
 from sparline.machine import describe_device
 from sparline.methods import Method
 from sparline.tokens import Grid
-from sparline.train import data, objective, router, setup
+from sparline.train import objective, router, setup
 from sparline.train.distributed import World
 
 HERE = Path(__file__).parent
-#: Of the bundled model's scheduler.
-SHIFT = 2.0
-#: Noise levels at which attention is looked at.
-LEVELS = (0.2, 0.5, 0.8)
 #: Steps of a piece that is timed.
 TIMED_STEPS = 60
 
@@ -412,7 +406,9 @@ class Experiment:
         told |= {"held_out_loss": mean_loss(losses), "held_out": rounded(losses)}
         # Other shapes than in training, and taps: not worth compiling.
         with trainer.averaged(), torch.compiler.set_stance("force_eager"):
-            told |= self.look_at(trainer.transformer, trainer.held_out, config)
+            told |= measures.look_at(
+                trainer.transformer, trainer.held_out, config, self.grid, self.device
+            )
             self.generate(piece, trainer.transformer, config)
         told["method"] = method
         self.clean(piece, row.keep)
@@ -440,7 +436,7 @@ class Experiment:
             config.training.mixed_precision,
         )
         told = {"held_out_loss": mean_loss(losses), "held_out": rounded(losses), "method": method}
-        told |= self.look_at(model, held_out, config)
+        told |= measures.look_at(model, held_out, config, self.grid, self.device)
         self.generate(piece, model, config)
         return told
 
@@ -470,7 +466,7 @@ class Experiment:
         config = self.config(Piece("free", row), {"name": "dense"}, {})
         if path is not None:
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
-        samples = list(self.capture(config))
+        samples = measures.capture(config, self.grid, self.device)
 
         def make(value: float) -> Method:
             return sparline.method(
@@ -490,118 +486,19 @@ class Experiment:
             return -density.search(lambda x: kept(-x), 1e-3, 20.0, ratio)
         return density.search(kept, 0.0, 1.0, ratio)
 
-    def capture(self, config: train.Config) -> Iterator[Captured]:
-        """q, k and v of a few layers of the dense model on one held-out clip, each of another
-        noise level."""
-        model = setup.load_transformer(config.model).to(self.device).eval()
-        sparline.apply(model, sparline.Dense())
-        _, held_out = setup.make_sources(config, model, self.device)
-        layers = {x: n * len(model.blocks) // len(LEVELS) for n, x in enumerate(LEVELS)}
-        found: list[Captured] = []
+    # Clips --------------------------------------------------------------------------------------
 
-        def on_call(layer: int, call: router.Call) -> None:
-            if layer == layers[level]:
-                found.append(Captured(call.q, call.k, call.v, self.grid, layer))
-
-        with torch.no_grad(), router.tapped(model, on_call):
-            for level in LEVELS:
-                noised = held_out_at(held_out, level, self.device)
-                objective.predict(model, noised, config.training.mixed_precision)
-        yield from found
-
-    # Measures -----------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def look_at(self, model: Any, held_out: Any, config: train.Config) -> dict[str, Any]:
-        """Attention against dense attention on the model's own q, k, v: mean over layers, by noise
-        level; and the density that is achieved."""
-        modules = router.attentions(model)
-        if not modules:
-            return {"density": 1.0}
-        errors: dict[float, list[tuple[float, float]]] = {level: [] for level in LEVELS}
-        densities: list[float] = []
-        level = LEVELS[0]
-
-        def on_call(layer: int, call: router.Call) -> None:
-            module, inputs = modules[layer], (call.q, call.k, call.v)
-            o, dense = module(*inputs, **call.options).float(), call.o.float()
-            cosine = F.cosine_similarity(o.flatten(), dense.flatten(), dim=0).item()
-            relative_l1 = ((o - dense).abs().sum() / dense.abs().sum()).item()
-            errors[level].append((relative_l1, cosine))
-            if isinstance(module.method, sparline.VMoBA):  # whose rows choose one by one
-                seen = Captured(*inputs, self.grid, layer)
-                densities.append(density.kept_share(module.method, seen))
-            else:
-                densities.append(1.0 - achieved_sparsity(module, inputs, call.options))
-
-        was_training = model.training
-        model.eval()
-        with router.tapped(model, on_call):
-            for level in LEVELS:
-                noised = held_out_at(held_out, level, self.device)
-                objective.predict(model, noised, config.training.mixed_precision)
-        model.train(was_training)
-        return {
-            "density": statistics.fmean(densities),
-            "attention_relative_l1": {
-                f"{x:g}": statistics.fmean(e[0] for e in errors[x]) for x in LEVELS
-            },
-            "attention_cosine": {
-                f"{x:g}": statistics.fmean(e[1] for e in errors[x]) for x in LEVELS
-            },
-        }
-
-    @torch.no_grad()
     def generate(self, piece: Piece, model: Any, config: train.Config) -> None:
-        """Clips from noise and over held-out clips, at the seeds of every other piece."""
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        wanted = self.settings["evaluation"]
-        size = config.data
-        scenes = load_scenes(self.scenes())
-        source = ClipSource("val", size.num_frames, size.height, scenes=scenes, device=self.device)
-        prompts = [p for p in wanted["prompts"] if p in source.names] or list(source.names)[:2]
-        pipeline = DemoPipeline(
-            model, FlowMatchEulerDiscreteScheduler(shift=SHIFT), list(source.names)
+        """Clips of a piece's model, at the seeds of every other piece."""
+        clips = measures.generate(
+            model, config, self.scenes(), self.settings["evaluation"], self.device
         )
-        pipeline.set_progress_bar_config(disable=True)
-        was_training = model.training
-        model.eval()
-        clips: dict[str, np.ndarray[Any, Any]] = {}
-        is_16_bit = config.training.mixed_precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=is_16_bit):
-            for prompt in prompts:
-                for seed in range(wanted["seeds"]):
-                    for kind in ("noise", "clip"):
-                        extra: dict[str, Any] = {}
-                        if kind == "clip":
-                            extra = {
-                                "video": source.held_out_clip(prompt),
-                                "strength": wanted["strength"],
-                            }
-                        frames = pipeline(
-                            prompt,
-                            num_frames=size.num_frames,
-                            height=size.height,
-                            width=size.width,
-                            num_inference_steps=wanted["steps"],
-                            guidance_scale=wanted["guidance"],
-                            generator=torch.Generator().manual_seed(seed),
-                            **extra,
-                        ).frames[0]
-                        pixels = (
-                            (np.asarray(frames).clip(0.0, 1.0) * 255.0).round().astype(np.uint8)
-                        )
-                        clips[f"{kind}|{prompt}|{seed}"] = pixels
-        model.train(was_training)
         folder = self.folder / piece.name
         folder.mkdir(exist_ok=True)
         np.savez_compressed(folder / "clips.npz", **clips)  # type: ignore[arg-type]
 
     def compare_clips(self, piece: Piece) -> dict[str, float]:
-        """PSNR and SSIM against the clips of the dense row, where that is done."""
-        from sparline import video
-
+        """How alike they are to those of the dense row, where that is done."""
         row, folder = piece.row, self.folder / piece.name
         if row is None or row.name == "dense" or piece.kind in ("time", "router"):
             return {}
@@ -612,25 +509,9 @@ class Experiment:
         if known.is_file() and known.stat().st_mtime >= made:
             found: dict[str, float] = json.loads(known.read_text())
             return found
-        told = {}
-        with np.load(against / "clips.npz") as dense, np.load(folder / "clips.npz") as clips:
-            for kind in ("noise", "clip"):
-                pairs = [(clips[name], dense[name]) for name in dense if name.startswith(kind)]
-                told[f"{kind}_psnr_db"] = statistics.fmean(video.psnr(a, b) for a, b in pairs)
-                told[f"{kind}_ssim"] = statistics.fmean(video.ssim(a, b) for a, b in pairs)
+        told = measures.alike(folder / "clips.npz", against / "clips.npz")
         write_json(known, told)
         return told
-
-
-@dataclasses.dataclass(frozen=True)
-class Captured:
-    """What ``sparline.density`` looks at."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    grid: Grid
-    layer: int
 
 
 def check_routers(rows: list[Row]) -> None:
@@ -649,13 +530,6 @@ def check_routers(rows: list[Row]) -> None:
 
 
 # Small parts ------------------------------------------------------------------------------------
-
-
-def held_out_at(source: Any, level: float, device: torch.device) -> objective.Noised:
-    """One held-out clip, the same every time, at a noise level."""
-    drawn = data.draws(objective.HELD_OUT_SEED, 0, 1)
-    batch = data.collate([source.load(drawn[0])], device)
-    return objective.noised_at(batch, torch.tensor([level], device=device), drawn)
 
 
 def mean_loss(losses: list[tuple[float, float]]) -> float:
