@@ -713,7 +713,7 @@ TEST(HopperSkip, ManyQueryBlocks) {
   }
 }
 
-/// Query blocks of one tile of one run each: whoever does not have to wait is blocks ahead of others.
+/// Query blocks of one tile of one run each: whoever does not have to wait is blocks ahead.
 TEST(HopperSkip, ShortPackedSequences) {
   constexpr int32_t kLength = 40, kNumSequences = 30;
   uint64_t seed = 60;

@@ -202,7 +202,8 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
     const bool keeps_first = wants_first || heeds<Votes::kWantsFirst>(wishes);
     bool keeps_second = wants_second;
     if (!keeps_first) {
-      keeps_second |= has_second & (__any_sync(kAllLanes, (wishes & Votes::kWantsSecond) != 0) != 0);
+      const bool is_wanted = __any_sync(kAllLanes, (wishes & Votes::kWantsSecond) != 0) != 0;
+      keeps_second |= has_second & is_wanted;
     }
     if (!keeps_first && !keeps_second) {  // nobody wants anything: the shortest way on
       next_turn();
