@@ -239,10 +239,8 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
       finish_step<kHasNext, true, true>(s, k_slot);
     } else if (keeps_first) {
       finish_step<kHasNext, true, false>(s, k_slot);
-    } else if (keeps_second) {
-      finish_step<kHasNext, false, true>(s, k_slot);
     } else {
-      finish_step<kHasNext, false, false>(s, k_slot);
+      finish_step<kHasNext, false, true>(s, k_slot);
     }
   }
   __device__ __forceinline__ void next_turn() {
