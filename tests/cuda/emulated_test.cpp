@@ -713,6 +713,36 @@ TEST(HopperSkip, ManyQueryBlocks) {
   }
 }
 
+/// Whoever is late, nobody laps it: votes and places in rings wait for the last who needs them.
+/// Between the first key block and the last one nothing stays that would make others wait.
+void check_late_warps(int rows) {
+  uint64_t seed = 80;
+  for (const int64_t dim : {64, 128}) {
+    for (int warp = 0; warp < 12; ++warp) {
+      const OnHopper on_hopper(1);
+      const OrderByTurns order(++seed);
+      Case c = long_rows_case(seed, 2 * 128, dim, 16, SkipReference::kRunningMax, rows);
+      Problem& p = c.problem;
+      p.batch = p.num_heads = p.num_kv_heads = 1;
+      p.num_keys = 61 * 16;
+      Inputs inputs = random_inputs(c);
+      for (int64_t n = 0; n < p.num_keys; ++n) {
+        const double factor = n < 16 ? 20.0 : (n < 60 * 16 ? 0.01 : 30.0);
+        for (int64_t d = 0; d < dim; ++d) inputs.k.row(0, 0, n)[d] *= factor;
+      }
+      inputs.k = rounded(inputs.k, p.dtype);
+      cuda::emulator::set_late_warp(warp);
+      const int64_t before = cuda::emulator::num_boxes;
+      const Outputs got = check_inputs(c, inputs);
+      cuda::emulator::set_late_warp(-1);
+      EXPECT_GT(cuda::emulator::num_boxes, before) << describe(c);
+      EXPECT_LT(num_bits(got.kept_bits), 4 * (rows == 64 ? 4 : 2)) << describe(c);
+    }
+  }
+}
+TEST(HopperSkip, LateWarps) { check_late_warps(0); }
+TEST(HopperSkipApart, LateWarps) { check_late_warps(64); }
+
 /// Query blocks of one tile of one run each: whoever does not have to wait is blocks ahead.
 TEST(HopperSkip, ShortPackedSequences) {
   constexpr int32_t kLength = 40, kNumSequences = 30;

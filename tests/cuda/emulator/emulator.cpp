@@ -108,6 +108,7 @@ struct Machine {
 
   Order order = Order::kForward;
   bool is_order_set = false;
+  int late_warp = -1;
   uint64_t random_state = 0;
 };
 constinit Machine machine;
@@ -370,18 +371,24 @@ Outcome go_on(Block& block) {
       for (size_t w = num_warps; w > 1; --w) std::swap(turns[w - 1], turns[random_number() % w]);
     }
     for (const size_t w : turns) {
+      if (static_cast<int>(w) == machine.late_warp) continue;
       if (block.warps[w].runnable != 0) run_warp(block.warps[w]);
     }
     Warp all;
-    for (const Warp& warp : block.warps) {
-      all.runnable |= warp.runnable;
+    Warp* late = nullptr;
+    for (Warp& warp : block.warps) {
+      if (&warp - block.warps.data() == machine.late_warp && warp.runnable != 0) {
+        late = &warp;
+      } else {
+        all.runnable |= warp.runnable;
+      }
       all.meeting |= warp.meeting;
       all.at_barrier |= warp.at_barrier;
       all.parked |= warp.parked;
       all.polling |= warp.polling;
     }
     if (all.runnable != 0) continue;
-    const bool is_waiting = (all.meeting | all.parked | all.polling) != 0;
+    const bool is_waiting = (all.meeting | all.parked | all.polling) != 0 || late != nullptr;
     if (all.at_barrier != 0 && !is_waiting) {
       for (Warp& warp : block.warps) warp.runnable = std::exchange(warp.at_barrier, 0u);
       continue;
@@ -392,6 +399,10 @@ Outcome go_on(Block& block) {
     }
     if (has_finished_something) {
       ++machine.progress;
+      continue;
+    }
+    if (late != nullptr) {
+      run_warp(*late);
       continue;
     }
     if (all.polling != 0) return Outcome::kWaitsForOthers;
@@ -803,6 +814,8 @@ void set_order(Order order, uint64_t seed) {
   machine.is_order_set = true;
   machine.random_state = seed;
 }
+
+void set_late_warp(int warp) { machine.late_warp = warp; }
 
 void run(const void* kernel, int64_t blocks, int threads, int64_t shared_bytes,
          void (*thread)(void*), void* context) {

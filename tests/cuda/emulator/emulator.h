@@ -186,6 +186,8 @@ enum class Order { kForward, kReverse, kRandom };
 /// For the launches that follow; first, the environment decides.
 void set_order(Order order, uint64_t seed = 0);
 Order order();
+/// This warp of every block goes on only when no other one can; -1: none does.
+void set_late_warp(int warp);
 uint64_t random_number();
 /// Of the running block.
 size_t dynamic_shared_bytes();
