@@ -83,16 +83,6 @@ __device__ __forceinline__ uint32_t posted(const uint32_t& word) {
   return value;
 }
 
-/// The largest of three numbers, as integers compare: of those above 0, if any is. One instruction.
-/// Not in C++, where a number that is an integer too has two registers.
-__device__ __forceinline__ void largest_as_integer(float& most, float x, float y) {
-  asm volatile(
-      "{\n.reg .s32 a, b, c;\nmov.b32 a, %0;\nmov.b32 b, %1;\nmov.b32 c, %2;\n"
-      "max.s32 b, b, c;\nmax.s32 a, a, b;\nmov.b32 %0, a;\n}"
-      : "+f"(most)
-      : "f"(x), "f"(y));
-}
-
 /// One of the barriers of threads beside that of __syncthreads, 1 to 15: `num_threads` threads
 /// meet, of which some wait and others only arrive.
 __device__ __forceinline__ void sync_named(int idx, int num_threads) {
@@ -142,6 +132,16 @@ __device__ __forceinline__ bool elect_one() {
       "selp.u32 %0, 1, 0, p; }"
       : "=r"(is_elected));
   return is_elected != 0;
+}
+
+/// The largest of three numbers, as integers compare: of those above 0, if any is, with a NaN above
+/// all. One instruction. Not in C++, where a number that is an integer too has two registers.
+__device__ __forceinline__ void largest_as_integer(float& most, float x, float y) {
+  asm volatile(
+      "{\n.reg .s32 a, b, c;\nmov.b32 a, %0;\nmov.b32 b, %1;\nmov.b32 c, %2;\n"
+      "max.s32 b, b, c;\nmax.s32 a, a, b;\nmov.b32 %0, a;\n}"
+      : "+f"(most)
+      : "f"(x), "f"(y));
 }
 
 // The tensor copy engine --------------------------------------------------------------------------

@@ -32,6 +32,8 @@
 
 #include <cuda.h>
 
+#include <algorithm>
+
 #include "cuda/common/platform.cuh"
 
 namespace sparline::cuda {
@@ -49,9 +51,6 @@ void wait(Barrier& barrier, uint32_t parity);
 void post(uint32_t& word, uint32_t value);
 /// Lets others go on first: it is read in loops.
 uint32_t posted(const uint32_t& word);
-inline void largest_as_integer(float& most, float x, float y) {
-  most = __int_as_float(std::max({__float_as_int(most), __float_as_int(x), __float_as_int(y)}));
-}
 void sync_named(int idx, int num_threads);
 void arrive_named(int idx, int num_threads);
 inline void sync_named_warps(int idx, int num_threads) { sync_named(idx, num_threads); }
@@ -74,6 +73,9 @@ __forceinline__ void take_registers() {
   emulator::set_registers(true, kRegisters);
 }
 bool elect_one();
+inline void largest_as_integer(float& most, float x, float y) {
+  most = __int_as_float(std::max({__float_as_int(most), __float_as_int(x), __float_as_int(y)}));
+}
 
 // The copy engine ---------------------------------------------------------------------------------
 
