@@ -136,10 +136,11 @@ def ssim(clip: Clip, reference: Clip) -> float:
     )
     offsets = torch.arange(11, dtype=torch.float64) - 5
     taps = torch.exp(-(offsets**2) / (2 * 1.5**2))
-    window = (taps / taps.sum())[:, None] * (taps / taps.sum())[None, :]
+    window = (taps / taps.sum()).expand(3, 1, 11)
 
     def blur(image: Tensor) -> Tensor:
-        return F.conv2d(image, window.expand(3, 1, 11, 11), groups=3)
+        columns = F.conv2d(image, window[..., None], groups=3)
+        return F.conv2d(columns, window[..., None, :], groups=3)
 
     mean_x, mean_y = blur(x), blur(y)
     var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
