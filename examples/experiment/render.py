@@ -53,7 +53,8 @@ Measured by `examples/experiment/experiment.py`, rendered by `examples/experimen
 - **density** is the share of score elements (of tiles, for in-loop methods) that enter the softmax,
   as achieved, mean over layers.
 - **PSNR, SSIM**: clips from noise, and over held-out clips, against those of dense from the same
-  noise. **attention** is the relative L1 error against dense attention on the model's own q, k, v.
+  noise; of the runs whose clips were compared. **attention** is the relative L1 error against dense
+  attention on the model's own q, k, v, in the first run that was looked at.
 - **ms** is a training step, where the run had its GPU to itself, or of 60 steps timed apart;
   **GiB** the peak of memory allocated in training. Neither is told of five runs whose blocks ran
   eagerly, behind torch's limit of recompilations: a process trains any number of rows since.
@@ -172,7 +173,8 @@ def cells(same: list[Result], results: list[Result]) -> list[str]:
     first = same[0]
     deltas = [d for r in same if (d := delta(r, results)) is not None]
     closed = [c for r in same if (c := gap_closed(r, results)) is not None]
-    errors = first.get("attention_relative_l1", {}).values()
+    looked_at = next((r for r in same if "attention_relative_l1" in r), None)
+    errors = () if looked_at is None else looked_at["attention_relative_l1"].values()
     times = [r["ms"] for r in same if "ms" in r]  # of runs that had their GPU to themselves
     peaks = [r["peak_bytes"] for r in same if "peak_bytes" in r]
     return [
@@ -191,10 +193,11 @@ def cells(same: list[Result], results: list[Result]) -> list[str]:
 
 
 def pair(same: list[Result], kind: str) -> str:
-    if f"{kind}_psnr_db" not in same[0]:
+    compared = [r for r in same if f"{kind}_psnr_db" in r]
+    if not compared:
         return ""
-    psnr = statistics.fmean(r[f"{kind}_psnr_db"] for r in same if f"{kind}_psnr_db" in r)
-    ssim = statistics.fmean(r[f"{kind}_ssim"] for r in same if f"{kind}_ssim" in r)
+    psnr = statistics.fmean(r[f"{kind}_psnr_db"] for r in compared)
+    ssim = statistics.fmean(r[f"{kind}_ssim"] for r in compared)
     return f"{psnr:.1f} dB, {ssim:.3f}"
 
 
