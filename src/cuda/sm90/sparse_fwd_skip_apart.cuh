@@ -93,7 +93,7 @@ class SparseForwardSm90SkipApartRows : SparseForwardSm90SkipRows<Traits> {
     if (!is_start) this->release(k_.slot);
     this->template mask<kKeys>(s, tile);
     float limit[2] = {-INFINITY, -INFINITY};
-    softmax<kKeys, false>(s, limit, tile);
+    softmax<kKeys, false>(s, limit, tile, false);
   }
   /// P v of the last tile, and the results.
   __device__ __forceinline__ void end_block() {
@@ -169,11 +169,13 @@ class SparseForwardSm90SkipApartRows : SparseForwardSm90SkipRows<Traits> {
     if constexpr (kStaysBefore != 0) start_values<kStaysBefore>();
     float limit[2];
     this->find_limits(limit);
+    const bool is_positive =
+        __all_sync(kAllLanes, is_row_positive(limit, 0) & is_row_positive(limit, 1)) != 0;
     release_old_values();
     wgmma_wait<kStaysBefore == 0 ? 0 : 1>();
     this->release(k_slot);
     this->template mask<kKeys>(s, tile);
-    softmax<kKeys, kStaysBefore != 0>(s, limit, tile);
+    softmax<kKeys, kStaysBefore != 0>(s, limit, tile, is_positive);
     state_.is_first = 0;
   }
 
@@ -181,12 +183,17 @@ class SparseForwardSm90SkipApartRows : SparseForwardSm90SkipRows<Traits> {
   /// under way.
   template <int kKeys, bool kHasProducts>
   __device__ __forceinline__ void softmax(float (&s)[kKeys / 2], float (&limit)[2],
-                                          const TileInfo& tile) {
+                                          const TileInfo& tile, bool is_positive) {
     constexpr bool kHasSecond = kKeys > kRunK;
     const bool is_one = kHasSecond && is_tile_a_block();
     float first[2], second[2] = {-INFINITY, -INFINITY};
-    this->template find_lane_tops<0>(s, first);
-    if constexpr (kHasSecond) this->template find_lane_tops<1>(s, second);
+    if (__builtin_expect(is_positive, 1)) {
+      this->template find_positive_tops<0>(s, first);
+      if constexpr (kHasSecond) this->template find_positive_tops<1>(s, second);
+    } else {
+      this->template find_lane_tops<0>(s, first);
+      if constexpr (kHasSecond) this->template find_lane_tops<1>(s, second);
+    }
     float tops[2] = {first[0], first[1]};
     if (is_one) {
       tops[0] = fmaxf(first[0], second[0]);
@@ -233,6 +240,11 @@ class SparseForwardSm90SkipApartRows : SparseForwardSm90SkipRows<Traits> {
     state_.stays = stays;
   }
 
+  /// Whether neither its maximum nor its limit lies below 0, or there is no such row.
+  __device__ __forceinline__ bool is_row_positive(const float (&limit)[2], int half) const {
+    return (lane_ / 4 + half * 8 >= static_cast<int>(counts_.num_rows)) |
+           ((row_max_[half] >= 0.0f) & (limit[half] > 0.0f));
+  }
   /// Whether a row that this lane has a part of is not below its limit, or stays anyhow. `top`: of
   /// this lane's columns.
   __device__ __forceinline__ bool asks(const float (&top)[2], const float (&limit)[2],

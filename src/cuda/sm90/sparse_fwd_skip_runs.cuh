@@ -186,9 +186,10 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
     const bool is_second_sure = (num_keys_ & TileInfo::kIsSecondKept) != 0;
     this->is_raised_ = false;
     float first[2], second[2];
-    find_positive_tops<0>(s, first);
-    find_positive_tops<1>(s, second);
-    if (__builtin_expect(!is_positive_, 0)) {
+    if (__builtin_expect(is_positive_, 1)) {
+      this->template find_positive_tops<0>(s, first);
+      this->template find_positive_tops<1>(s, second);
+    } else {
       this->template find_lane_tops<0>(s, first);
       this->template find_lane_tops<1>(s, second);
     }
@@ -262,23 +263,6 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
   }
   __device__ __forceinline__ bool is_positive(int half) const {
     return !is_row(half) || (row_max_[half] >= 0.0f && limit_[half] > 0.0f);
-  }
-  /// As find_lane_tops() where is_positive_: numbers below 0, of which this may take the wrong one,
-  /// are then below all that they are compared with. As integers three numbers are compared by one
-  /// instruction.
-  template <int kRun>
-  __device__ __forceinline__ void find_positive_tops(const Scores& s, float (&top)[2]) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const auto at = [&](int n) { return s[kRun * kRunK / 2 + n / 2 * 4 + half * 2 + n % 2]; };
-      float tops[2] = {at(0), at(1)};
-#pragma unroll
-      for (int n = 2; n < kRunK / 4; n += 2) {
-        largest_as_integer(tops[n / 2 % 2], at(n), at(n + 1));
-      }
-      largest_as_integer(tops[0], tops[1], tops[1]);
-      top[half] = tops[0] * p_.scale_log2;
-    }
   }
   /// Whether a row of this half is not below its limit, as far as this lane's columns tell: `top`.
   __device__ __forceinline__ bool is_above(const float (&top)[2], int half) const {
