@@ -128,7 +128,8 @@ def _attend_fake(
         skip_rows = int(_option(spec, "skip_rows", "0")) or block_q
         groups = (block_q + skip_rows - 1) // skip_rows
         bits_shape = (*heads, rows * groups, (columns + 7) // 8)
-        votes_shape = (*heads, rows)
+        if _option(spec, "row_votes", "0") == "1":
+            votes_shape = (*heads, rows)
     return (
         torch.empty_like(q),
         q.new_empty(q.shape[:3], dtype=torch.float32),

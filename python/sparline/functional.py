@@ -265,7 +265,7 @@ def tile_statistics(
             "BLASST; route gives the map of the others."
         )
     with torch.no_grad():
-        _, lse, kept_bits, row_votes = _attend(call, Tiles())
+        _, lse, kept_bits, row_votes = _attend(call, Tiles(), counts_votes=True)
         assert kept_bits is not None
         assert row_votes is not None
         query_blocks, key_blocks = call.blocks
@@ -423,8 +423,10 @@ class _Call:
         return tiles if k.dtype == dtype else tiles._replace(k_mean=None)
 
 
-def _attend(call: _Call, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The operator: o, lse and, for in-loop methods, kept_bits and row_votes."""
+def _attend(
+    call: _Call, tiles: Tiles, counts_votes: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The operator: o, lse and, for in-loop methods, kept_bits and, if asked for, row_votes."""
     q, k, v = call.qkv
     recipe, axes = call.recipe, call.axes
     weights = call.weights._replace(router_q=None, router_k=None)
@@ -454,6 +456,9 @@ def _attend(call: _Call, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor | None, T
     if block_map is not None and block_map.is_floating_point():
         block_map = block_map.float()
     order = operator_order(axes, q)
+    options = arguments.attend_options(recipe, call.scale, tiles.bit_rows)
+    if counts_votes:
+        options["row_votes"] = True
     o, lse, kept_bits, row_votes = torch.ops.sparline.attend(
         q,
         k,
@@ -467,7 +472,7 @@ def _attend(call: _Call, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor | None, T
         arguments.pack_weights(recipe, weights, q, k),
         flatten(axes.query_segments),
         flatten(axes.key_segments),
-        make_spec(arguments.attend_options(recipe, call.scale, tiles.bit_rows), call.backend),
+        make_spec(options, call.backend),
     )
     return o, lse, kept_bits, row_votes
 

@@ -130,6 +130,8 @@ void set(Spec& spec, const std::string& key, const std::string& value) {
     spec.rule.smooth_k = flag(key, value);
   } else if (key == "k_mean") {
     spec.gives_k_mean = flag(key, value);
+  } else if (key == "row_votes") {
+    spec.counts_votes = flag(key, value);
   } else {
     fail("a key", "known", key);
   }

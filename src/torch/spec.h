@@ -15,6 +15,7 @@ struct Spec {
   Problem problem;  // all but sizes, dtype and segments: those come with the tensors
   RouteRule rule;
   bool gives_k_mean = false;   // of the router: also the mean keys
+  bool counts_votes = false;   // of a skip rule: also row_votes
   bool recompute_lse = false;  // after a low-bit forward the backward makes itself an exact lse
   std::string backend;
   std::optional<Device> device;  // another than that of the tensors
@@ -35,6 +36,7 @@ struct Spec {
 ///   bit_rows                   int
 ///   skip                       none running_max kept_lse
 ///   skip_threshold skip_rows   number (natural log), int
+///   row_votes                  0 1: also return row_votes; needs skip   (attend)
 ///   low_bit recompute_lse      0 1
 ///   low_bit_q_rows             int
 ///   p_range v_range            numbers

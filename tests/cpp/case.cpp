@@ -153,6 +153,7 @@ void draw_features(Dice& dice, Case& c) {
   }
   const bool has_visits = p.skip.reference != SkipReference::kNone || p.low_bit.is_enabled;
   c.has_tile_order = has_visits && dice.chance(0.5);
+  if (p.skip.reference != SkipReference::kNone) c.wants_row_votes = dice.chance(0.5);
 }
 
 template <class T>
@@ -345,8 +346,9 @@ Outputs run(const Case& c, const Inputs& in, std::string* misuse, const Executor
   const bool has_skip = p.skip.reference != SkipReference::kNone;
   const GuardedTensor kept_bits =
       has_skip ? GuardedTensor(DType::kU8, bits_shape(p.skip.rows)) : GuardedTensor();
+  const bool has_votes = has_skip && c.wants_row_votes;
   const GuardedTensor row_votes =
-      has_skip ? GuardedTensor(DType::kF32, {1, p.batch, p.num_heads, rows}) : GuardedTensor();
+      has_votes ? GuardedTensor(DType::kF32, {1, p.batch, p.num_heads, rows}) : GuardedTensor();
   GuardedWorkspace forward_space(plan.forward_workspace_bytes);
   const std::vector<std::byte> q_before = q.bytes(), k_before = k.bytes(), v_before = v.bytes();
   forward(plan,
@@ -367,10 +369,8 @@ Outputs run(const Case& c, const Inputs& in, std::string* misuse, const Executor
           forward_space.span(), stream);
   report(misuse, "forward o", o.misuse());
   report(misuse, "forward lse", lse.misuse());
-  if (has_skip) {
-    report(misuse, "forward kept_bits", kept_bits.misuse());
-    report(misuse, "forward row_votes", row_votes.misuse());
-  }
+  if (has_skip) report(misuse, "forward kept_bits", kept_bits.misuse());
+  if (has_votes) report(misuse, "forward row_votes", row_votes.misuse());
   report(misuse, "forward", forward_space.misuse());
 
   const GuardedTensor d_q(p.dtype, in.q.shape, c.layout);
@@ -420,7 +420,7 @@ Outputs run(const Case& c, const Inputs& in, std::string* misuse, const Executor
               .d_weights = {},
               .d_soft_map = d_soft_map.view() ? d_soft_map.load() : Array(),
               .kept_bits = has_skip ? bytes_of(kept_bits.load()) : std::vector<uint8_t>(),
-              .row_votes = has_skip ? row_votes.load() : Array(),
+              .row_votes = has_votes ? row_votes.load() : Array(),
               .most_row_votes = {},
               .contradictions = {}};
   Array* gradients[] = {&out.d_weights.proj_weight,      &out.d_weights.proj_bias,

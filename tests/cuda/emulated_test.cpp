@@ -580,6 +580,7 @@ Case skip_case(uint64_t seed) {
   if (pick(false, true)) p.block_map = BlockMap::kNone;
   if (pick(false, true)) p.combine = Combine::kSparse;
   if (p.key_segments.empty()) p.num_keys += pick(0, 100, 500);
+  c.wants_row_votes = pick(false, true);
   return c;
 }
 

@@ -278,6 +278,7 @@ class SparseForwardSm90SkipApartRows : SparseForwardSm90SkipRows<Traits> {
   /// Counts the warp's rows that are below their limits: all of them where nobody asks for a run.
   __device__ __forceinline__ void count(bool is_wanted, const float (&top)[2],
                                         const float (&limit)[2]) {
+    if (p_.row_votes == nullptr) return;
     uint32_t num_passes = counts_.num_rows;
     if (is_wanted) {
 #pragma unroll

@@ -212,10 +212,11 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
       finish_step<kHasNext, false, false>(s, k_slot);
       return;
     }
+    const bool has_votes = p_.row_votes != nullptr;
     if (!is_sure) num_passes_ += num_rows_;
     if (has_second && !is_second_sure) num_passes_ += num_rows_;
     if (keeps_first) {
-      if (!is_sure) num_passes_ -= num_rows_above(first);
+      if (has_votes && !is_sure) num_passes_ -= num_rows_above(first);
       this->template follow_tops<0>(first, lazy_log2(), s);
       this->template exponentials<0>(s);
       find_limits();
@@ -229,7 +230,7 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
     }
     next_turn();
     if (keeps_second) {
-      if (!is_second_sure) num_passes_ -= num_rows_above(second);
+      if (has_votes && !is_second_sure) num_passes_ -= num_rows_above(second);
       this->template follow_tops<1>(second, lazy_log2(), s);
       this->template exponentials<1>(s);
       find_limits();
@@ -307,7 +308,7 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
   float limit_[2];               // of this lane's rows
   bool is_positive_ = false;     // whether no row of the warp has a maximum or a limit below 0
   uint32_t num_rows_;            // of this warp
-  uint32_t num_passes_;          // how many of them did without a run
+  uint32_t num_passes_;          // how many of them did without a run; right if that is stored
 };
 
 }  // namespace sparline::cuda

@@ -292,9 +292,14 @@ def test_fakes_keep_strides() -> None:
 
 
 def test_skipped_tiles_are_an_output() -> None:
-    *_, kept_bits, row_votes = torch.ops.sparline.attend(*arguments("skip"))
+    *rest, spec = arguments("skip")
+    o, *_, kept_bits, row_votes = torch.ops.sparline.attend(*rest, f"{spec} row_votes=1")
     assert (kept_bits.shape, kept_bits.dtype) == ((1, 2, 4, 1), torch.uint8)
     assert (row_votes.shape, row_votes.dtype) == ((1, 2, 2), torch.float32)
+    same_o, *_, same_bits, row_votes = torch.ops.sparline.attend(*rest, spec)
+    assert torch.equal(same_o, o)
+    assert torch.equal(same_bits, kept_bits)
+    assert row_votes.shape == (0,)
     *_, kept_bits, row_votes = torch.ops.sparline.attend(*arguments("dense"))
     assert kept_bits.shape == row_votes.shape == (0,)
 
