@@ -36,7 +36,6 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
   using Rows::lane_;
   using Rows::o_;
   using Rows::p_;
-  using Rows::p_frag_;
   using Rows::row_max_;
   using Rows::row_sum_;
   using Rows::shared_;
@@ -57,31 +56,17 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
     read_next();
     while (next_.num_keys != TileInfo::kEnd) {
       begin_block(even);
-      bool is_even_last = true;
-      if (!is_last()) {
-        start_scores(odd);
-        go_on();
-        hear();
-        while (true) {
-          if (is_last()) {
-            step<false>(even, odd);
-            is_even_last = false;
-            break;
-          }
-          step<true>(even, odd);
-          if (is_last()) {
-            step<false>(odd, even);
-            break;
-          }
-          step<true>(odd, even);
+      while (true) {
+        if (is_last()) {
+          end_block(even);
+          break;
         }
-      } else {
-        hear();
-      }
-      if (is_even_last) {
-        end_block(even);
-      } else {
-        end_block(odd);
+        step<true>(even, odd);
+        if (is_last()) {
+          end_block(odd);
+          break;
+        }
+        step<true>(odd, even);
       }
       this->finish(block_, row_max_, row_sum_);
       if (lane_ == 0) add_passes();
@@ -106,37 +91,20 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
     num_rows_ =
         static_cast<uint32_t>(min(max(shared_.places[block_].rows - this->warp_row_, 0), 16));
     find_limits();
-    start_scores(s);
-    num_keys_ = next_.num_keys;
-    keys_.advance();
-    read_next();
+    start_scores(s, keys_.slot);
     wgmma_wait<0>();
-    release_keys();
-    look_at(s);
+    this->release(2 * keys_.slot);
+    go_on();
   }
-  /// Once S of the next tile is under way.
   __device__ __forceinline__ void go_on() {
-    next_num_keys_ = next_.num_keys;
+    num_keys_ = next_.num_keys;
     keys_.advance();
     read_next();
   }
   /// The last decision, and the results.
   __device__ __forceinline__ void end_block(Scores& last) {
     this->release_queries();
-    if (!keeps_first_ && !keeps_second_) {
-      pass();
-      next_turn();
-      return;
-    }
-    absorb(last);
-    next_turn();
-    if (keeps_first_ && keeps_second_) {
-      start_products(last);
-      finish_products<2>();
-    } else {
-      start_product(last);
-      finish_products<1>();
-    }
+    step<false>(last, last);
   }
   /// The last warp of a query block stores how many rows did without a run.
   __device__ void add_passes() {
@@ -146,10 +114,10 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
     p_.row_votes[shared_.places[block_].z] = static_cast<float>(others % kOne + num_passes_);
   }
 
-  /// Starts S = q k^T of the next tile, with the queries in shared memory. Columns of a run that is
-  /// not there are those of keys from before, which nobody looks at.
-  __device__ __forceinline__ void start_scores(Scores& s) {
-    const uint32_t b = matrix_descriptor(shared_address(shared_.slots[2 * keys_.slot]), 0);
+  /// Starts S = q k^T of a tile, with the queries in shared memory. Columns of a run that is not
+  /// there are those of keys from before, which nobody looks at.
+  __device__ __forceinline__ void start_scores(Scores& s, int slot) {
+    const uint32_t b = matrix_descriptor(shared_address(shared_.slots[2 * slot]), 0);
     wgmma_fence();
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
@@ -159,44 +127,36 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
     }
     wgmma_commit();
   }
-  /// Starts o += P v of one run that stays, or of both.
-  __device__ __forceinline__ void start_product(const Scores& s) {
-    if (keeps_first_) {
-      pack_run<0>(s, p_frag_);
-    } else {
-      pack_run<1>(s, p_frag_);
+  /// o += P v of the runs that stay, S of the next tile, and their places given back.
+  template <bool kHasNext, bool kFirst, bool kSecond>
+  __device__ __forceinline__ void finish_step(const Scores& s, int k_slot) {
+    uint32_t p[kRunK / 2];
+    if constexpr (kFirst) pack_run<0>(s, p);
+    if constexpr (kSecond) pack_run<1>(s, p);
+    if constexpr (kFirst || kSecond) {
+      RingCursor<Traits::kKeySlots> place = values_;
+      if constexpr (kFirst) {
+        start_values<0>(p, place, !this->is_first_);
+        place.advance();
+      }
+      if constexpr (kSecond) start_values<1>(p, place, kFirst ? 1 : !this->is_first_);
+      wgmma_commit();
+      this->is_first_ = false;
     }
-    start_values(p_frag_, values_, !this->is_first_);
-    wgmma_commit();
-    this->is_first_ = false;
+    if constexpr (kHasNext || kFirst || kSecond) wgmma_wait<0>();
+    if constexpr (kHasNext) this->release(2 * k_slot);
+    if constexpr (kFirst) release_values();
+    if constexpr (kSecond) release_values();
   }
-  __device__ __forceinline__ void start_products(const Scores& s) {
-    pack_run<0>(s, p_frag_);
-    pack_run<1>(s, p_frag_ + kRunK / 4);
-    RingCursor<Traits::kKeySlots> place = values_;
-    start_values(p_frag_, place, !this->is_first_);
-    place.advance();
-    start_values(p_frag_ + kRunK / 4, place, 1);
-    wgmma_commit();
-    this->is_first_ = false;
-  }
-  /// Waits for the products of the step before and gives their places back.
-  template <int kProducts>
-  __device__ __forceinline__ void finish_products() {
-    wgmma_wait<0>();
-#pragma unroll
-    for (int n = 0; n < kProducts; ++n) release_values();
-  }
-  /// P of a run, as A fragments.
   template <int kRun>
-  __device__ __forceinline__ static void pack_run(const Scores& s, uint32_t* p) {
+  __device__ __forceinline__ void pack_run(const Scores& s, uint32_t (&p)[kRunK / 2]) const {
 #pragma unroll
-    for (int n = 0; n < kRunK / 4; ++n) {
-      const int at = kRun * kRunK / 2 + n * 2;
-      p[n] = pack<typename Traits::T>(s[at], s[at + 1]);
+    for (int n = kRun * kRunK / 4; n < (kRun + 1) * kRunK / 4; ++n) {
+      p[n] = pack<typename Traits::T>(s[n * 2], s[n * 2 + 1]);
     }
   }
-  __device__ __forceinline__ void start_values(const uint32_t* p,
+  template <int kRun>
+  __device__ __forceinline__ void start_values(const uint32_t (&p)[kRunK / 2],
                                                const RingCursor<Traits::kKeySlots>& place,
                                                int adds) {
     const int slot = Traits::kKeySlots + place.slot;
@@ -205,111 +165,85 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
     wgmma_fence();
 #pragma unroll
     for (int n = 0; n < kRunK / 16; ++n) {
-      wgmma<typename Traits::T, kHeadDim, true>(o_, p + n * 4, b + (n * 16 * 128 >> 4),
-                                                n == 0 ? adds : 1);
+      wgmma<typename Traits::T, kHeadDim, true>(o_, p + kRun * kRunK / 4 + n * 4,
+                                                b + (n * 16 * 128 >> 4), n == 0 ? adds : 1);
     }
-  }
-  /// Of the tile whose scores are there; keys_ is one ahead.
-  __device__ __forceinline__ void release_keys() {
-    this->release(2 * (keys_.slot == 0 ? Traits::kKeySlots / 2 - 1 : keys_.slot - 1));
   }
   __device__ __forceinline__ void release_values() {
     this->release(Traits::kKeySlots + values_.slot);
     values_.advance();
   }
 
-  /// P v of the runs of a tile that stay, beside the look at the next tile, and the decision upon that.
-  template <bool kStarts>
+  /// The decisions about the runs of a tile, P v of those that stay, and S of the next tile.
+  template <bool kHasNext>
   __device__ __forceinline__ void step(Scores& s, Scores& next) {
-    if (!keeps_first_ && !keeps_second_) {  // nobody wants anything: the shortest way on
-      pass();
-      next_turn();
-      wgmma_wait<0>();
-      release_keys();
-      if constexpr (kStarts) start_scores(s);
-      num_keys_ = next_num_keys_;
-      look_at(next);
-    } else {
-      absorb(s);
-      next_turn();
-      num_keys_ = next_num_keys_;
-      // No product is under way where they part but S of the next tile.
-      if (keeps_first_ && keeps_second_) {
-        start_products(s);
-        find_limits();
-        look_beside_products<2>(next);
-      } else {
-        start_product(s);
-        if (keeps_second_) find_limits();
-        look_beside_products<1>(next);
-      }
-      if constexpr (kStarts) start_scores(s);
-    }
-    if constexpr (kStarts) go_on();
-    hear();
-  }
-  template <int kProducts>
-  __device__ __forceinline__ void look_beside_products(Scores& next) {
-    wgmma_wait<1>();
-    release_keys();
-    look_at(next);
-    finish_products<kProducts>();
-  }
-  /// Casts the vote upon a tile.
-  __device__ __forceinline__ void look_at(Scores& s) {
+    const int k_slot = keys_.slot;
+    if constexpr (kHasNext) start_scores(next, k_slot);
     const uint32_t counts = num_keys_ & TileInfo::kCounts;
     if (counts != TileInfo::kFull) this->template mask_keys<2 * kRunK>(s, {counts, 0});
+    const bool has_second = counts >= 256;
+    const bool is_sure = (num_keys_ & TileInfo::kIsKept) != 0;
+    const bool is_second_sure = (num_keys_ & TileInfo::kIsSecondKept) != 0;
+    this->is_raised_ = false;
+    float first[2], second[2];
     if (__builtin_expect(is_positive_, 1)) {
-      this->template find_positive_tops<0>(s, first_);
-      this->template find_positive_tops<1>(s, second_);
+      this->template find_positive_tops<0>(s, first);
+      this->template find_positive_tops<1>(s, second);
     } else {
-      this->template find_lane_tops<0>(s, first_);
-      this->template find_lane_tops<1>(s, second_);
+      this->template find_lane_tops<0>(s, first);
+      this->template find_lane_tops<1>(s, second);
     }
     // Without short cuts here: each would be a branch, or turn a predicate of the warp into one of
     // lanes and back.
-    keeps_first_ = is_sure() | is_above(first_);
-    keeps_second_ = has_second() & (is_second_sure() | is_above(second_));
-    cast((keeps_first_ ? Votes::kWantsFirst : 0u) | (keeps_second_ ? Votes::kWantsSecond : 0u));
-  }
-  __device__ bool has_second() const { return (num_keys_ & TileInfo::kCounts) >= 256; }
-  __device__ bool is_sure() const { return (num_keys_ & TileInfo::kIsKept) != 0; }
-  __device__ bool is_second_sure() const { return (num_keys_ & TileInfo::kIsSecondKept) != 0; }
-  /// The votes of the others.
-  __device__ __forceinline__ void hear() {
-    wishes_ = 0;  // of all warps, where none wants the first run
-    keeps_first_ = keeps_first_ || heeds<Votes::kWantsFirst>(wishes_);
-    if (!keeps_first_) {
-      const bool is_wanted = __any_sync(kAllLanes, (wishes_ & Votes::kWantsSecond) != 0) != 0;
-      keeps_second_ |= has_second() & is_wanted;
+    const bool wants_first = is_sure | is_above(first);
+    const bool wants_second = has_second & (is_second_sure | is_above(second));
+    cast((wants_first ? Votes::kWantsFirst : 0u) | (wants_second ? Votes::kWantsSecond : 0u));
+    if constexpr (kHasNext) go_on();
+    uint32_t wishes = 0;  // of all warps, where none wants the first run
+    const bool keeps_first = wants_first || heeds<Votes::kWantsFirst>(wishes);
+    bool keeps_second = wants_second;
+    if (!keeps_first) {
+      const bool is_wanted = __any_sync(kAllLanes, (wishes & Votes::kWantsSecond) != 0) != 0;
+      keeps_second |= has_second & is_wanted;
     }
-  }
-  __device__ __forceinline__ void pass() { num_passes_ += has_second() ? 2 * num_rows_ : num_rows_; }
-  /// S of the runs that stay becomes P; the decision upon the second run where the first one stays.
-  __device__ __forceinline__ void absorb(Scores& s) {
-    this->is_raised_ = false;
+    if (!keeps_first && !keeps_second) {  // nobody wants anything: the shortest way on
+      next_turn();
+      num_passes_ += has_second ? 2 * num_rows_ : num_rows_;
+      finish_step<kHasNext, false, false>(s, k_slot);
+      return;
+    }
     const bool has_votes = p_.row_votes != nullptr;
-    if (!is_sure()) num_passes_ += num_rows_;
-    if (has_second() && !is_second_sure()) num_passes_ += num_rows_;
-    if (keeps_first_) {
-      if (has_votes && !is_sure()) num_passes_ -= num_rows_above(first_);
-      this->template follow_tops<0>(first_, lazy_log2(), s);
+    if (!is_sure) num_passes_ += num_rows_;
+    if (has_second && !is_second_sure) num_passes_ += num_rows_;
+    if (keeps_first) {
+      if (has_votes && !is_sure) num_passes_ -= num_rows_above(first);
+      this->template follow_tops<0>(first, lazy_log2(), s);
       this->template exponentials<0>(s);
       find_limits();
-      if (has_second() && !keeps_second_) keeps_second_ = heeds<Votes::kWantsSecond>(wishes_);
-      if (keeps_second_ && !is_second_sure()) {
+      if (has_second && !keeps_second) keeps_second = heeds<Votes::kWantsSecond>(wishes);
+      if (keeps_second && !is_second_sure) {
         next_turn();
-        keeps_second_ = is_above(second_);
-        cast(keeps_second_ ? Votes::kWantsFirst : 0u);
-        if (!keeps_second_) keeps_second_ = heeds<Votes::kWantsFirst>(wishes_);
+        keeps_second = is_above(second);
+        cast(keeps_second ? Votes::kWantsFirst : 0u);
+        if (!keeps_second) keeps_second = heeds<Votes::kWantsFirst>(wishes);
       }
     }
-    if (keeps_second_) {
-      if (has_votes && !is_second_sure()) num_passes_ -= num_rows_above(second_);
-      this->template follow_tops<1>(second_, lazy_log2(), s);
+    next_turn();
+    if (keeps_second) {
+      if (has_votes && !is_second_sure) num_passes_ -= num_rows_above(second);
+      this->template follow_tops<1>(second, lazy_log2(), s);
       this->template exponentials<1>(s);
+      find_limits();
     }
     if (this->is_raised_) this->rescale();
+    // No product is under way where they part but S of the next tile.
+    if (keeps_first && keeps_second) {
+      finish_step<kHasNext, true, true>(s, k_slot);
+    } else if (keeps_first) {
+      finish_step<kHasNext, true, false>(s, k_slot);
+    } else {
+      finish_step<kHasNext, false, true>(s, k_slot);
+    }
   }
   __device__ __forceinline__ void next_turn() {
     vote_ += Votes::kOne;
@@ -368,11 +302,7 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
   RingCursor<Traits::kKeySlots / 2> keys_;  // of the next tile
   RingCursor<Traits::kKeySlots> values_;    // of the next run that stays
   TileInfo next_;
-  uint32_t num_keys_;            // TileInfo's, of the tile that is decided upon
-  uint32_t next_num_keys_;       // and of that whose scores are under way
-  bool keeps_first_, keeps_second_;
-  float first_[2], second_[2];   // the largest scores of its runs in this lane's columns
-  uint32_t wishes_;              // what find wishes
+  uint32_t num_keys_;            // TileInfo's, of the tile whose scores are there
   uint32_t vote_ = Votes::kOne;  // the next one, without a wish
   uint32_t turn_ = 1;            // and its place
   float limit_[2];               // of this lane's rows
