@@ -200,8 +200,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend(
       empty(skips ? Ints{q.size(0), q.size(1), bit_rows, (num_key_blocks(plan) + 7) / 8} : absent,
             ScalarType::Byte, q);
   const bool counts_votes = skips && spec.counts_votes;
-  Tensor row_votes = empty(counts_votes ? Ints{q.size(0), q.size(1), num_query_blocks(plan)} : absent,
-                           ScalarType::Float, q);
+  Tensor row_votes =
+      empty(counts_votes ? Ints{q.size(0), q.size(1), num_query_blocks(plan)} : absent,
+            ScalarType::Float, q);
   run<ForwardArgs>(sparline::forward, plan,
                    {.q = view(q, "q"),
                     .k = view(k, "k"),

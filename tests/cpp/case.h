@@ -26,7 +26,7 @@ struct Case {
   bool has_key_order = false;
   bool has_tile_order = false;
   bool wants_row_votes = true;  // of a skip rule
-  bool brings_k_mean = false;  // where keys are smoothed: the router's mean keys
+  bool brings_k_mean = false;   // where keys are smoothed: the router's mean keys
 };
 
 /// Any legal problem: ragged, packed, protected, grouped, strided, reordered, with bits, skipped

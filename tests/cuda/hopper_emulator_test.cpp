@@ -196,8 +196,8 @@ TEST(HopperCopies, EndWhereTheyAreCut) {
   const Rows rows{.data = const_cast<bf16*>(x.data()), .stride_n = 64, .is_vectorised = true};
   CUtensorMap map{};
   ASSERT_TRUE(encode_cut_rows(map, rows, DType::kBF16, 1, 1, kRows, 64, 16));
-  for (const int first : {0, 7, 16, 20}) {
-    for (const int num_rows : {0, 1, 4, 16}) {
+  for (const int first : {0, 7, 16, 19}) {
+    for (const int num_rows : {1, 4, 16}) {
       if (first + num_rows > kRows) continue;
       std::vector<unsigned char> out(2048);
       launch(cut_copy_kernel, {.blocks = 1, .threads = 32, .shared_bytes = 2048 + 8}, nullptr, map,

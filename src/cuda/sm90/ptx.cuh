@@ -168,8 +168,9 @@ __device__ __forceinline__ void load_box_once(void* shared, const CUtensorMap& m
       "l"(&map), "r"(shared_address(&barrier)), "r"(d), "r"(n), "r"(h), "r"(b), "l"(policy)
       : "memory");
 }
-/// Of the box at (d, n, h, b) the first `num_rows` rows, which may be none, and zeros for the
-/// others: nothing else is read. `box_rows` and `map` as encode_cut_rows() was told.
+/// Of the box at (d, n, h, b) the first `num_rows` rows, at least one, and zeros for the others:
+/// nothing else is read. Not for none: the card then may fault where the map begins, before the
+/// tensor. `box_rows` and `map` as encode_cut_rows() was told.
 __device__ __forceinline__ void load_cut_box(void* shared, const CUtensorMap& map, Barrier& barrier,
                                              int32_t d, int32_t n, int32_t num_rows,
                                              int32_t box_rows, int32_t h, int32_t b) {

@@ -202,7 +202,7 @@ class SparseForwardSm90Copies {
   template <bool kIsValues>
   __device__ __forceinline__ void load_run(const KeyRun& run, int slot, int offset,
                                            const BlockPlace& at, Barrier& full) {
-    if (kIsValues && run.num_keys < kRunK) {
+    if (kIsValues && run.num_keys > 0 && run.num_keys < kRunK) {
 #pragma unroll
       for (int slice = 0; slice < Traits::kSlices; ++slice) {
         load_cut_box(place(slot, slice, offset), params_.cut_v, full, slice * 64, run.first_key,

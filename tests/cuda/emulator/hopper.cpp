@@ -698,7 +698,7 @@ void load_cut_box(void* shared, const CUtensorMap& map, Barrier& barrier, int32_
                   int32_t num_rows, int32_t box_rows, int32_t h, int32_t b) {
   EmulatedTensorMap own;
   std::memcpy(&own, &map, sizeof(own));
-  if (box_rows != own.box_rows || num_rows < 0 || num_rows > box_rows || n < 0 ||
+  if (box_rows != own.box_rows || num_rows < 1 || num_rows > box_rows || n < 0 ||
       n + num_rows > own.sizes[1]) {
     fail("load_cut_box: rows " + std::to_string(n) + " to " + std::to_string(n + num_rows) +
          " in boxes of " + std::to_string(box_rows) + " rows");

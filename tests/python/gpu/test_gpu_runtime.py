@@ -413,6 +413,45 @@ def test_operands_elsewhere_are_refused() -> None:
     assert done.stdout.strip() == "refused", done.stderr[-2000:]
 
 
+WHERE_MEMORY_BEGINS = """
+import torch, sparline
+from sparline import SLA, DynSparse
+# Tensors at the begin of segments of their own, before which nothing is mapped.
+segments = [torch.empty(64 << 20, dtype=torch.uint8, device="cuda") for _ in range(12)]
+segments = segments[1::2]
+torch.cuda.empty_cache()
+for rows, block_k in ((12, 64), (12, 128), (100, 64), (300, 64), (300, 128)):
+    for head_dim in (64, 128):
+        for kind in (0, 1):
+            tensors = []
+            for n in range(3):
+                begin = segments[(n + rows) % len(segments)][: 2 * rows * head_dim]
+                tensors.append(begin.view(torch.bfloat16).view(1, 1, rows, head_dim).normal_())
+            blocks = -(-rows // 128), -(-rows // block_k)
+            block_map = torch.full((1, 1, *blocks), kind, dtype=torch.int8, device="cuda")
+            method = SLA.sparse_only(block_q=128, block_k=block_k)
+            o = sparline.attention(*tensors, method=method, block_map=block_map)
+            copies = [x.clone() for x in tensors]
+            assert torch.equal(o, sparline.attention(*copies, method=method, block_map=block_map))
+            for skips in (DynSparse(log_threshold=-1.0, block_q=128, block_k=block_k),
+                          DynSparse(log_threshold=-1.0, block_q=128, block_k=block_k,
+                                    decide_rows=64)):
+                o = sparline.attention(*tensors, method=skips)
+                assert torch.equal(o, sparline.attention(*copies, method=skips))
+            torch.cuda.synchronize()
+print("same")
+"""
+
+
+def test_nothing_before_a_tensor_is_touched() -> None:
+    """Also where a query block has no keys: maps that the copy engine reads by may begin before
+    their tensor."""
+    done = subprocess.run(
+        [sys.executable, "-c", WHERE_MEMORY_BEGINS], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "same", done.stderr[-2000:]
+
+
 def test_explain_names_the_device() -> None:
     q = torch.empty(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16)
     text = sparline.explain(q, q, method=SLA())
