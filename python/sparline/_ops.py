@@ -128,7 +128,7 @@ def _attend_fake(
         skip_rows = int(_option(spec, "skip_rows", "0")) or block_q
         groups = (block_q + skip_rows - 1) // skip_rows
         bits_shape = (*heads, rows * groups, (columns + 7) // 8)
-        if _option(spec, "row_votes", "0") == "1":
+        if _option(spec, "row_votes", "0") == "1":  # without a rule it is refused
             votes_shape = (*heads, rows)
     return (
         torch.empty_like(q),

@@ -199,9 +199,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend(
   Tensor kept_bits =
       empty(skips ? Ints{q.size(0), q.size(1), bit_rows, (num_key_blocks(plan) + 7) / 8} : absent,
             ScalarType::Byte, q);
-  const bool counts_votes = skips && spec.counts_votes;
   Tensor row_votes =
-      empty(counts_votes ? Ints{q.size(0), q.size(1), num_query_blocks(plan)} : absent,
+      empty(spec.counts_votes ? Ints{q.size(0), q.size(1), num_query_blocks(plan)} : absent,
             ScalarType::Float, q);
   run<ForwardArgs>(sparline::forward, plan,
                    {.q = view(q, "q"),
@@ -217,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend(
                     .o = view(o, "o"),
                     .lse = view(lse, "lse"),
                     .kept_bits = skips ? view(kept_bits, "kept_bits") : TensorView{},
-                    .row_votes = counts_votes ? view(row_votes, "row_votes") : TensorView{}},
+                    .row_votes = spec.counts_votes ? view(row_votes, "row_votes") : TensorView{}},
                    q, plan.forward_workspace_bytes);
   return {o, lse, kept_bits, row_votes};
 }
@@ -353,8 +352,8 @@ std::string build_info() {
 // (H_kv, D), alpha_logit (B, H, N_q). Orders are int32 permutations. Segments are flat: begin, end,
 // sequence, is_protected. `spec` is described in spec.h. route returns block_class and k_mean, the
 // latter only with k_mean=1; attend and its backward take it where they smooth keys. attend returns
-// o, lse, kept_bits and row_votes, the last two only with a skip rule, and row_votes only with
-// row_votes=1: counting them takes time; its backward then takes kept_bits for tile_bits.
+// o, lse, kept_bits with a skip rule, and row_votes with row_votes=1: counting them takes time. Its
+// backward then takes kept_bits for tile_bits.
 STABLE_TORCH_LIBRARY(sparline, library) {
   library.def(
       "route(Tensor q, Tensor k, Tensor? proj_q, Tensor? proj_k, Tensor? query_order, "

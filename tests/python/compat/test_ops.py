@@ -302,6 +302,9 @@ def test_skipped_tiles_are_an_output() -> None:
     assert row_votes.shape == (0,)
     *_, kept_bits, row_votes = torch.ops.sparline.attend(*arguments("dense"))
     assert kept_bits.shape == row_votes.shape == (0,)
+    *rest, spec = arguments("dense")
+    with pytest.raises(RuntimeError, match=r"row_votes must be absent .*skip"):
+        torch.ops.sparline.attend(*rest, f"{spec} row_votes=1")
 
 
 def test_recomputed_lse_is_that_of_exact_scores() -> None:
