@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <functional>
+#include <iostream>
 #include <limits>
 #include <optional>
 #include <random>
@@ -497,6 +498,45 @@ TEST(HopperLinear, PortableWhereNoBlockFits) {
   c.problem.head_dim = 64;
   c.problem.block_q = 128;
   EXPECT_FALSE(check_fused(c)) << describe(c);
+}
+
+/// A dense call that Hopper's forward serves: whether it did, with the right result.
+bool is_served_by_hopper() {
+  const OnHopper on_hopper;
+  Case c = plain_case();
+  c.problem.head_dim = 64;
+  c.problem.block_q = 128;
+  c.problem.block_map = BlockMap::kNone;
+  c.problem.combine = Combine::kSparse;
+  const int64_t before = cuda::emulator::num_boxes;
+  check_case(c);
+  return cuda::emulator::num_boxes > before;
+}
+/// The variable is read once in a process: each value has one of its own.
+TEST(HopperForced, PortableKernelsServe) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  const auto serve = [](const char* arch) {
+    setenv("SPARLINE_CUDA_ARCH", arch, 1);
+    const bool is_hopper = is_served_by_hopper();
+    std::_Exit(::testing::Test::HasFailure() ? 2 : is_hopper ? 90 : 80);
+  };
+  EXPECT_EXIT(serve("80"), ::testing::ExitedWithCode(80), "");
+  EXPECT_EXIT(serve(""), ::testing::ExitedWithCode(90), "");
+}
+TEST(HopperForced, OtherKernelsAreRefused) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  const auto serve = [] {
+    setenv("SPARLINE_CUDA_ARCH", "70", 1);
+    try {
+      is_served_by_hopper();
+    } catch (const Error& error) {
+      std::cerr << error.what();
+      std::_Exit(1);
+    }
+    std::_Exit(0);
+  };
+  EXPECT_EXIT(serve(), ::testing::ExitedWithCode(1),
+              "SPARLINE_CUDA_ARCH must be 80, .* got 70. Unset it");
 }
 
 TEST(HopperLinear, ResultsDoNotDependOnTheOrderOfThreads) {
