@@ -571,9 +571,9 @@ class SparseForwardSm90Rows {
     top[0] = fmaxf(tops[0], tops[1]) * p_.scale_log2;
     top[1] = fmaxf(tops[2], tops[3]) * p_.scale_log2;
   }
-  /// The same where numbers below 0, of which this may take the wrong one, are below all that they
-  /// are compared with: no maximum or limit of a row lies below 0. As integers three numbers are
-  /// compared by one instruction.
+  /// The same where no maximum of the warp's rows lies below 0, and all limits lie above it: of
+  /// numbers below 0 this may take the wrong one, and they are below all that they are compared
+  /// with. As integers three numbers are compared by one instruction.
   template <int kRun, int kSize>
   __device__ __forceinline__ void find_positive_tops(const float (&s)[kSize],
                                                      float (&top)[2]) const {

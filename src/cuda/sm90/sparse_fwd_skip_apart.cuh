@@ -240,7 +240,7 @@ class SparseForwardSm90SkipApartRows : SparseForwardSm90SkipRows<Traits> {
     state_.stays = stays;
   }
 
-  /// Whether neither its maximum nor its limit lies below 0, or there is no such row.
+  /// Whether its maximum is not below 0 and its limit above it, or there is no such row.
   __device__ __forceinline__ bool is_row_positive(const float (&limit)[2], int half) const {
     return (lane_ / 4 + half * 8 >= static_cast<int>(counts_.num_rows)) |
            ((row_max_[half] >= 0.0f) & (limit[half] > 0.0f));

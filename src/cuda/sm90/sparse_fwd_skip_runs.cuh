@@ -306,7 +306,7 @@ class SparseForwardSm90SkipRuns : SparseForwardSm90Rows<Traits> {
   uint32_t vote_ = Votes::kOne;  // the next one, without a wish
   uint32_t turn_ = 1;            // and its place
   float limit_[2];               // of this lane's rows
-  bool is_positive_ = false;     // whether no row of the warp has a maximum or a limit below 0
+  bool is_positive_ = false;     // no row of the warp has a maximum below 0, or a limit not above
   uint32_t num_rows_;            // of this warp
   uint32_t num_passes_;          // how many of them did without a run; right if that is stored
 };
