@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from budgets import budget
 from report_captured import render_captured
@@ -110,14 +110,26 @@ FlexAttention has a sparse branch only, its mask given; the public Triton SLA is
 """
 
 SLA_SCOPES, SLA2 = ("sla", "sla1"), ("sla2",)
+#: Of the time, where the tokens are twice as many and the critical blocks of a row as many.
+MOST_GROWTH = 2.2
+
+
+class OperatorTarget(NamedTuple):
+    """Of the slowest of the methods, times cuDNN."""
+
+    words: str
+    methods: tuple[str, ...]
+    direction: str
+    keep_ratio: float
+    ratio: float
+    workload: str = "wan1.3b-480p"
 
 
 @dataclasses.dataclass(frozen=True)
 class GpuTargets:
-    """What the project set out to reach on wan1.3b-480p, by kernels."""
+    """What the project set out to reach, by kernels; on wan1.3b-480p where nothing else is said."""
 
-    #: (words, methods, pass, keep ratio, x cuDNN), the slowest of the methods.
-    operators: list[tuple[str, tuple[str, ...], str, float, float]]
+    operators: list[OperatorTarget]
     router_ms: float
     dense: tuple[str, str, float]  # column, words, ratio
     #: Of the sparse branch alone, forward: (keep ratio, TFLOP/s).
@@ -127,20 +139,24 @@ class GpuTargets:
 GPU_TARGETS = {
     "portable": GpuTargets(
         operators=[
-            ("97 %, forward, SLA, the slower scope", SLA_SCOPES, "fwd", 0.03, 9.5),
-            ("97 %, forward, SLA2", SLA2, "fwd", 0.03, 9.5),
-            ("95 %, backward, SLA, the slower scope", SLA_SCOPES, "bwd", 0.05, 6.5),
-            ("95 %, backward, SLA2", SLA2, "bwd", 0.05, 6.5),
+            OperatorTarget("97 %, forward, SLA, the slower scope", SLA_SCOPES, "fwd", 0.03, 9.5),
+            OperatorTarget("97 %, forward, SLA2", SLA2, "fwd", 0.03, 9.5),
+            OperatorTarget("95 %, backward, SLA, the slower scope", SLA_SCOPES, "bwd", 0.05, 6.5),
+            OperatorTarget("95 %, backward, SLA2", SLA2, "bwd", 0.05, 6.5),
         ],
         router_ms=0.15,
         dense=("ratio_fa2", "FA2", 0.9),
     ),
     "sm90": GpuTargets(
         operators=[
-            ("97 %, forward, SLA, the slower scope", SLA_SCOPES, "fwd", 0.03, 16.0),
-            ("95 %, forward, SLA, the slower scope", SLA_SCOPES, "fwd", 0.05, 12.0),
-            ("90 %, forward, SLA, the slower scope", SLA_SCOPES, "fwd", 0.10, 7.2),
-            ("97 %, forward, SLA2", SLA2, "fwd", 0.03, 16.0),
+            OperatorTarget("97 %, forward, SLA, the slower scope", SLA_SCOPES, "fwd", 0.03, 16.0),
+            OperatorTarget("95 %, forward, SLA, the slower scope", SLA_SCOPES, "fwd", 0.05, 12.0),
+            OperatorTarget("90 %, forward, SLA, the slower scope", SLA_SCOPES, "fwd", 0.10, 7.2),
+            OperatorTarget("97 %, forward, SLA2", SLA2, "fwd", 0.03, 16.0),
+            OperatorTarget("95 %, forward, SLA2", SLA2, "fwd", 0.05, 12.0),
+            OperatorTarget("90 %, forward, SLA2", SLA2, "fwd", 0.10, 7.2),
+            OperatorTarget("97 %, forward, SLA", SLA_SCOPES, "fwd", 0.03, 22.0, "wan14b-720p"),
+            OperatorTarget("97 %, forward, SLA2", SLA2, "fwd", 0.03, 22.0, "wan14b-720p"),
         ],
         router_ms=0.10,
         # FlashAttention 3 is cuDNN / 1.19 on this device, and the target 0.95 of it.
@@ -210,32 +226,38 @@ def _gpu_row(row: dict[str, Any]) -> str:
 
 def render_gpu_targets(rows: list[dict[str, Any]]) -> str:
     """What the project set out to reach on a GPU beside what was measured."""
-    table = ["| target, wan1.3b-480p | wanted | measured |", "|---|---:|---:|"]
-    main = [
-        row
-        for row in rows
-        if row["workload"] == "wan1.3b-480p" and row["suite"] != "blocks" and not row["low_bit"]
+    table = [
+        "| target, wan1.3b-480p where no other is named | wanted | measured |",
+        "|---|---:|---:|",
     ]
+    plain = [row for row in rows if row["suite"] != "blocks" and not row["low_bit"]]
+    main = [row for row in plain if row["workload"] == "wan1.3b-480p"]
     whole = [row for row in main if row["part"] == "operator" and row["inputs"] == "gaussian"]
 
     def add(words: str, wanted: str, measured: str, is_met: bool) -> None:
         table.append(f"| {words} | {wanted} | {measured} ({'met' if is_met else 'missed'}) |")
 
     targets = GPU_TARGETS[rows[-1]["kernels"]]
-    for words, methods, direction, keep_ratio, ratio in targets.operators:
+    for target in targets.operators:
         found = [
             row["ratio"]
-            for row in whole
-            if row["method"] in methods
-            and (row["pass"], row["keep_ratio"]) == (direction, keep_ratio)
+            for row in plain
+            if row["method"] in target.methods
+            and (row["workload"], row["part"], row["inputs"])
+            == (target.workload, "operator", "gaussian")
+            and (row["pass"], row["keep_ratio"]) == (target.direction, target.keep_ratio)
             and row["baseline"] == "cudnn"
         ]
         if found:
-            add(words, f"≥ {ratio:g}× cuDNN", f"{min(found):.2f}×", min(found) >= ratio)
-    routers = [row["ms"] for row in main if row["part"] == "router" and row["method"] == "sla"]
-    if routers:
-        is_met = routers[-1] <= targets.router_ms
-        add("router alone", f"≤ {targets.router_ms:.2f} ms", f"{routers[-1]:.3f} ms", is_met)
+            place = "" if target.workload == "wan1.3b-480p" else f", {target.workload}"
+            is_met = min(found) >= target.ratio
+            add(target.words + place, f"≥ {target.ratio:g}× cuDNN", f"{min(found):.2f}×", is_met)
+    for method in ("sla", "sla2"):
+        routers = [row["ms"] for row in main if (row["part"], row["method"]) == ("router", method)]
+        if routers:
+            wanted = f"≤ {targets.router_ms:.2f} ms"
+            is_met = routers[-1] <= targets.router_ms
+            add(f"router alone, {method}", wanted, f"{routers[-1]:.3f} ms", is_met)
     column, against, ratio = targets.dense
     dense = [r[column] for r in whole if (r["method"], r["pass"]) == ("dense", "fwd")]
     if dense and dense[0]:
@@ -247,13 +269,18 @@ def render_gpu_targets(rows: list[dict[str, Any]]) -> str:
                 words = f"sparse branch alone, forward, {row['sparsity']:.1%}"
                 measured = row["tflops"]
                 add(words, f"≥ {wanted:.0f} TFLOP/s", f"{measured:.0f}", measured >= wanted)
-    memory = [
-        row["extra_bytes"] / (2 * row["H"] * row["N"] * row["D"])
-        for row in whole
-        if row["pass"] == "fwd" and row["method"] in OURS and row["extra_bytes"] is not None
-    ]
-    if memory:
-        add("memory of a forward", "≤ 0.5 of q", f"{max(memory):.2f}", max(memory) <= 0.5)
+    memory: dict[str, float] = {}  # the most of a workload
+    for row in plain:
+        is_ours = row["part"] == "operator" and row["method"] in OURS
+        if is_ours and row["pass"] == "fwd" and row["extra_bytes"] is not None:
+            share = row["extra_bytes"] / (2 * row["H"] * row["N"] * row["D"])
+            memory[row["workload"]] = max(share, memory.get(row["workload"], 0.0))
+    for workload, share in sorted(memory.items(), key=lambda item: item[0] != "wan1.3b-480p"):
+        place = "" if workload == "wan1.3b-480p" else f", {workload}"
+        add(f"memory of a forward{place}", "≤ 0.5 of q", f"{share:.3f}", share <= 0.5)
+    for method, growth in growths(rows).items():
+        words = f"twice the tokens, forward, {method}, 16K to 128K"
+        add(words, f"≤ {MOST_GROWTH}× the time", f"{growth:.2f}×", growth <= MOST_GROWTH)
     for peer, name in SAME_WORK.items():
         for direction in ("fwd", "bwd"):
             gains = [
@@ -267,6 +294,19 @@ def render_gpu_targets(rows: list[dict[str, Any]]) -> str:
             if gains:
                 words = f"{name} against {peer}, {direction}, at equal density"
                 add(words, "≥ 2×", f"{min(gains):.2f}×", min(gains) >= 2.0)
+    # FlexAttention has other rows' baselines: both are compared with their own run's cuDNN.
+    gains = [
+        sparse["ratio"] / row["ratio"]
+        for row in whole
+        for sparse in main
+        if (row["method"], sparse["part"]) == ("flex", "sparse")
+        and row["pass"] == sparse["pass"] == "fwd"
+        and row["keep_ratio"] == sparse["keep_ratio"]
+        and row["baseline"] == sparse["baseline"] == "cudnn"
+    ]
+    if gains:
+        words = "sparse branch against FlexAttention (by × cuDNN), fwd, at equal density"
+        add(words, "≥ 2×", f"{min(gains):.2f}×", min(gains) >= 2.0)
     for row in main:
         is_skipping = row["method"] == "dynsparse" and row["tile_sparsity"]
         if is_skipping and row["pass"] == "fwd" and row["ratio_own_dense"]:
@@ -278,13 +318,27 @@ def render_gpu_targets(rows: list[dict[str, Any]]) -> str:
     return "\n".join(table) + "\n" if len(table) > 2 else ""
 
 
+def growths(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The most that twice the tokens add to a forward at a fixed number of critical blocks."""
+    times = {
+        (row["method"], row["N"]): row["ms"]
+        for row in rows
+        if (row["suite"], row["pass"]) == ("scaling", "fwd")
+    }
+    found: dict[str, float] = {}
+    for (method, length), ms in times.items():
+        if half := times.get((method, length // 2)):
+            found[method] = max(ms / half, found.get(method, 0.0))
+    return found
+
+
 def render_scaling(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return ""
     lines = [
         "### Longer sequences at a fixed number of critical blocks\n",
-        f"H {rows[0]['H']}, D {rows[0]['D']}. Wanted: twice the tokens in at most 2.2 times the "
-        "time.\n",
+        f"H {rows[0]['H']}, D {rows[0]['D']}. Wanted: twice the tokens in at most "
+        f"{MOST_GROWTH} times the time.\n",
         "| method | pass | N | ms | × the time of half |",
         "|---|---|---:|---:|---:|",
     ]

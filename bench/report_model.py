@@ -41,8 +41,10 @@ def render_model(rows: list[dict[str, Any]], kernels: dict[str, Any] | None) -> 
     rows = sorted(rows, key=lambda row: list(MODES).index(row["mode"]))
     stages = list(next((r["stages_ms"] for r in rows if r["stages_ms"]), {}))
     lines += [
-        "| mode | attention | sparsity | ms | × | " + " | ".join(f"{s} ms" for s in stages) + " |",
-        "|---|---|---:|---:|---:|" + "---:|" * len(stages),
+        "| mode | attention | sparsity | ms | × | "
+        + " | ".join(f"{s} ms" for s in stages)
+        + " | commit |",
+        "|---|---|---:|---:|---:|" + "---:|" * len(stages) + "---|",
     ]
     for row in rows:
         told = row["stages_ms"] or dict.fromkeys(stages)
@@ -54,6 +56,7 @@ def render_model(rows: list[dict[str, Any]], kernels: dict[str, Any] | None) -> 
             f"{row['ms']:.1f} ± {row['spread_ms']:.1f}",
             f"{row['ratio']:.2f}" if row["ratio"] else "",
             *("" if told[stage] is None else f"{told[stage]:.1f}" for stage in stages),
+            row["commit"],
         ]
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
