@@ -28,18 +28,18 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from clock import DTYPE, Clock, ceilings, describe_machine, kernel_times, slug
+from clock import DTYPE, Clock, ceilings, describe_machine, slug
 from inputs import make_inputs
 from peers import Peer, PeerError, find_peers
+from profiles import profile
 from suites import (
-    BLOCKS,
     SUITES,
     Row,
     baseline_key,
@@ -52,7 +52,7 @@ from suites import (
 from torch import Tensor
 
 import sparline
-from sparline import SLA, SLA2, Dense, DynSparse, LowBit, Weights, demo
+from sparline import SLA, Weights, demo
 from sparline.accounting import block_sparsity, flops
 from sparline.bench import WORKLOADS, Workload, learned_weights
 from sparline.density import kept_share
@@ -252,47 +252,6 @@ class Bench:
 
 
 # Kernels ----------------------------------------------------------------------------------------
-
-#: What is taken apart with --profile.
-PROFILED: dict[str, Method] = {
-    "dense": Dense(),
-    "sla keep 0.05": SLA.paper(keep_ratio=0.05, **BLOCKS),
-    "sla1 keep 0.05": SLA.sla1(keep_ratio=0.05, **BLOCKS),
-    "sla1 keep 0.03": SLA.sla1(keep_ratio=0.03, **BLOCKS),
-    "sla2 keep 0.05": SLA2(keep_ratio=0.05, **BLOCKS),
-    "sla2 keep 0.03 low-bit": SLA2(keep_ratio=0.03, low_bit=LowBit(), **BLOCKS),
-    "dynsparse": DynSparse(log_threshold=-5.0),
-}
-
-
-def profile(bench: Bench, workload: Workload) -> Iterator[dict[str, Any]]:
-    """Device time by kernel, of a forward and of a backward."""
-    for label, method in PROFILED.items():
-        for direction in ("fwd", "bwd"):
-            if direction == "bwd" and method.low_bit is not None:
-                continue
-            row = Row("profile", workload, label, method, direction)
-            sets = bench.inputs(row)
-            operators, learned = bench.operator(row, sets[:1])
-            leaves = [*sets[0], *learned]
-            if direction == "fwd":
-                with torch.no_grad():
-                    kernels = kernel_times(partial(operators[0], *sets[0]))
-            else:
-                leaves = [x.detach().requires_grad_() for x in leaves]
-                o = operators[0](*leaves[:3])
-                d_o = torch.randn_like(o)
-                run = partial(torch.autograd.grad, o, leaves[:3], d_o, retain_graph=True)
-                kernels = kernel_times(run)
-            told = bench.describe(row, sets)
-            yield {
-                **{key: told[key] for key in ("method", "pass", "workload", "B", "H", "N", "D")},
-                **{key: told[key] for key in ("sparsity", "tile_sparsity", "blocks", "scope")},
-                "combine": method.recipe.combine,
-                "low_bit": method.low_bit is not None,
-                "kernels": kernels,
-                "total_us": round(sum(k["us"] for k in kernels), 2),
-            }
 
 
 # The run ----------------------------------------------------------------------------------------
