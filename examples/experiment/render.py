@@ -119,7 +119,11 @@ def page(experiments: dict[str, list[Result]]) -> str:
         for ratio in ratios:
             at_ratio = [r for r in results if r["ratio"] == ratio]
             parts.append(f"### {100 * (1 - ratio):g} % sparsity\n\n" + table(at_ratio, results))
-        parts.append(levels_table(results))
+        parts.append(
+            "### By noise level\n\nΔ dense in percent of dense at that level, first run.\n"
+        )
+        parts += [levels_table(ratio, results) for ratio in ratios]
+        parts.append(steps_table(results))
         parts += [router_table(r) for r in everything if r["kind"] == "router"]
     return "\n".join(parts)
 
@@ -201,13 +205,10 @@ def pair(same: list[Result], kind: str) -> str:
     return f"{psnr:.1f} dB, {ssim:.3f}"
 
 
-def levels_table(results: list[Result]) -> str:
-    """Δ dense by noise level, first ratio and run."""
-    ratio = next((r["ratio"] for r in results if r["ratio"] is not None), None)
+def levels_table(ratio: float, results: list[Result]) -> str:
+    """Δ dense by noise level, first run."""
     lines = [
-        "### By noise level\n\nΔ dense in percent of dense at that level"
-        + (f", {100 * (1 - ratio):g} % sparsity" if ratio is not None else "")
-        + ".\n\n| σ | 0–0.2 | 0.2–0.4 | 0.4–0.6 | 0.6–0.8 | 0.8–1 |\n"
+        f"| σ, {100 * (1 - ratio):g} % sparsity | 0–0.2 | 0.2–0.4 | 0.4–0.6 | 0.6–0.8 | 0.8–1 |\n"
         "|---|---:|---:|---:|---:|---:|\n"
     ]
     for r, *_ in by_row(r for r in results if r["seed"] == 0 and r["ratio"] in (ratio, None)):
@@ -217,6 +218,35 @@ def levels_table(results: list[Result]) -> str:
             words = r["words"] + (", no training" if r["is_free"] else "")
             lines.append(f"| {words} | " + " | ".join(f"{x:+.1f}" for x in fifths) + " |\n")
     return "".join(lines)
+
+
+def steps_table(results: list[Result]) -> str:
+    """What share of sparse-only's distance to dense is gone after so many steps, first run whose
+    sparse-only and dense rows have the same start."""
+    steps = [step for step, _ in next(r for r in results if r["row"] == "dense")["held_out_curve"]]
+    lines = [
+        "### By steps\n\nGap closed after so many steps, on the validation clips of training.\n\n"
+        "| | sparsity | " + " | ".join(map(str, steps)) + " |\n"
+        "|---|---:|" + "---:|" * len(steps) + "\n"
+    ]
+    others = [r for r in results if r["ratio"] is not None and r["row"] != "sparse"]
+    for same in by_row(sorted(others, key=lambda r: -r["ratio"])):
+        for r in same:
+            curves = [curve(x) for x in (r, partner(r, results), partner(r, results, "sparse"))]
+            starts = {x.get("start_loss") for x in (r, partner(r, results, "sparse")) if x}
+            if len(starts) > 1 or not all(set(steps) <= set(c) for c in curves):
+                continue
+            own, dense, sparse = curves
+            shares = [(sparse[n] - own[n]) / (sparse[n] - dense[n]) for n in steps]
+            words = " | ".join(f"{100 * share:.0f} %" for share in shares)
+            lines.append(f"| {r['words']} | {100 * (1 - r['ratio']):g} % | {words} |\n")
+            break
+    return "".join(lines)
+
+
+def curve(result: Result | None) -> dict[int, float]:
+    """Held-out loss by step; of a row without training there is none."""
+    return {} if result is None else dict(result.get("held_out_curve", ()))
 
 
 def by_level(result: Result) -> list[float]:
