@@ -69,6 +69,7 @@ def test_page_of_a_model(tmp_path: Path, pages: Any, monkeypatch: pytest.MonkeyP
     import model
 
     shape, found = model.SHAPES["wan1.3b-480p"], []
+    machine = {"kernels": "sm90", "commit": "1234567"}
     for name, mode, ms in (("cudnn", "compiled", 500.0), ("sla2", "compiled", 160.0)):
         row = next(r for r in model.rows_of([mode]) if r.name == name)
         spans = [
@@ -87,14 +88,15 @@ def test_page_of_a_model(tmp_path: Path, pages: Any, monkeypatch: pytest.MonkeyP
             },
             {"cudnn": 500.0},
         )
-        model.write_kernels(tmp_path / "kernels.json", {"kernels": "sm90"}, told)
-        found.append(told)
+        model.write_kernels(tmp_path / "kernels.json", machine, told)
+        found.append({**told, **machine})
     assert found[1]["stages_ms"]["self-attention"] == 30.0
     assert found[1]["stages_ms"]["cross-attention"] == 8.0
     assert found[1]["stages_ms"]["idle"] == 12.0
     page = pages[0](found, json.loads((tmp_path / "kernels.json").read_text()))
     assert "| SLA2 at 97 %, compiled | ≥ 2.5× cudnn | 3.12× (met) |" in page
     assert "`sparline::cuda::sparse_forward_kernel<int>(int)` | 1 | 30.0 |" in page
+    assert "| 1234567 |" in page
 
 
 def test_captured(tmp_path: Path, pages: Any) -> None:
