@@ -156,24 +156,51 @@ def table() -> str:
 
 
 def measured() -> str:
-    """What bench/training.py found, on each device."""
+    """What bench/training.py found, on each device and number of GPUs."""
     parts = []
-    for path in sorted(RESULTS.glob("*.training.json")):
-        told = json.loads(path.read_text())
+    reports = [json.loads(path.read_text()) for path in RESULTS.glob("*.training.json")]
+    for told in sorted(reports, key=lambda r: (r["device"], r["rows"][0].get("gpus", 1))):
         rows = told["rows"]
+        num_gpus = rows[0].get("gpus", 1)
+        device = f"one {told['device']}" if num_gpus == 1 else f"{num_gpus} {told['device']}"
         parts.append(
-            f"\nMeasured by `python bench/training.py`: steps of `sparline train` on one "
-            f"{told['device']}, {rows[0]['workload']}, {rows[0]['N']} tokens, random weights, "
-            f"blocks checkpointed and compiled, torch {told['torch']}, commit {told['commit']}.\n\n"
-            "| attention | s a step | times as fast | GiB |\n|---|---:|---:|---:|\n"
+            f"\nMeasured by `{'python' if num_gpus == 1 else 'torchrun'} bench/training.py`: steps "
+            f"of `sparline train` on {device}, {rows[0]['workload']}, {rows[0]['N']} tokens, "
+            "random weights, blocks checkpointed and compiled"
+            + (", weights sharded (FSDP2), NCCL" if num_gpus > 1 else "")
+            + f", torch {told['torch']}, commit {told['commit']}.\n\n"
         )
-        base = next((r["ms"] for r in rows if r["method"] == "torch"), None)
-        for row in rows:
-            ratio = "" if base is None else f"{base / row['ms']:.2f}"
-            memory = f"{row['peak_bytes'] / GIB:.1f}" if row["peak_bytes"] else ""  # of a GPU
-            seconds = f"{row['ms'] / 1e3:.2f} ± {row['spread_ms'] / 1e3:.2f}"
-            parts.append(f"| {row['method']} | {seconds} | {ratio} | {memory} |\n")
+        parts.append(alone(rows) if num_gpus == 1 else together(rows))
     return "".join(parts)
+
+
+def alone(rows: list[dict[str, Any]]) -> str:
+    lines = ["| attention | s a step | times as fast | GiB |\n|---|---:|---:|---:|\n"]
+    lines += [f"| {row['method']} | {cells(row, rows)} |\n" for row in rows]
+    return "".join(lines)
+
+
+def together(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| Ulysses | clips a step | attention | s a step | times as fast | GiB a GPU | s a clip |\n"
+        "|---:|---:|---|---:|---:|---:|---:|\n"
+    ]
+    lines += [
+        f"| {row['ulysses']} | {row['batch']} | {row['method']} | {cells(row, rows)} "
+        f"| {row['ms'] / row['batch'] / 1e3:.2f} |\n"
+        for row in rows
+    ]
+    return "".join(lines)
+
+
+def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Seconds, times as fast as torch's attention in the same layout, memory."""
+    degree = row.get("ulysses", 1)
+    bases = (r["ms"] for r in rows if (r["method"], r.get("ulysses", 1)) == ("torch", degree))
+    base = next(bases, None)
+    ratio = "" if base is None else f"{base / row['ms']:.2f}"
+    memory = f"{row['peak_bytes'] / GIB:.1f}" if row["peak_bytes"] else ""  # of a GPU
+    return f"{row['ms'] / 1e3:.2f} ± {row['spread_ms'] / 1e3:.2f} | {ratio} | {memory}"
 
 
 def main() -> int:

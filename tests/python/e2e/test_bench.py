@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,10 +22,10 @@ BENCH = Path(__file__).resolve().parents[3] / "bench"
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
-def run(script: str, *arguments: str) -> str:
+def run(script: str, *arguments: str, launcher: Sequence[str] = ()) -> str:
     pytest.importorskip("diffusers")
     done = subprocess.run(
-        [sys.executable, str(BENCH / script), *arguments],
+        [sys.executable, *launcher, str(BENCH / script), *arguments],
         env={**os.environ, "SPARLINE_COMMIT": "test"},
         capture_output=True,
         text=True,
@@ -168,3 +169,33 @@ def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| torch | " in page
     assert "| 1.00 | 3.0 |" in page
     assert page.endswith("|  |\n")
+
+
+def test_training_of_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layouts as asked for, each with the losses that one process has for as many clips."""
+    tiny = ["--device", "cpu", "--workload", "tiny", "--steps", "1", "--only", "97 %$"]
+    run("training.py", *tiny, "--out", str(tmp_path))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run("training.py", *tiny, "--ulysses", "2,1", "--out", str(tmp_path), launcher=torchrun)
+    one, two = sorted(tmp_path.glob("*.training.json"), key=lambda path: len(path.name))
+    assert two.name.endswith("-x2.training.json")
+    (alone,) = json.loads(one.read_text())["rows"]
+    told = json.loads(two.read_text())
+    shared, apart = told["rows"]
+    assert [(row["gpus"], row["ulysses"], row["batch"]) for row in told["rows"]] == [
+        (2, 2, 1),
+        (2, 1, 2),
+    ]
+    assert shared["losses"] == pytest.approx(alone["losses"], rel=1e-3)
+    assert apart["losses"] != pytest.approx(alone["losses"], rel=1e-3)
+
+    monkeypatch.syspath_prepend(str(BENCH.parent / "tools"))
+    import training_estimate
+
+    monkeypatch.setattr(training_estimate, "RESULTS", tmp_path)
+    page = training_estimate.measured()
+    assert f"one {told['device']}, tiny, 64 tokens" in page
+    assert f"on 2 {told['device']}, tiny, 64 tokens" in page
+    assert "| 2 | 1 | sla2 97 % | " in page
+    assert "| 1 | 2 | sla2 97 % | " in page
+    assert page.endswith(f"| {apart['ms'] / 2e3:.2f} |\n")
