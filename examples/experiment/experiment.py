@@ -46,7 +46,7 @@ from sparline.demo.data import save_scenes
 from sparline.machine import describe_device
 from sparline.methods import Method
 from sparline.tokens import Grid
-from sparline.train import objective, router, setup
+from sparline.train import layerwise, objective, setup
 from sparline.train.distributed import World
 
 HERE = Path(__file__).parent
@@ -426,7 +426,7 @@ class Experiment:
         sparline.apply(model, sparline.method(method["name"], **without_name(method)))
         source, held_out = setup.make_sources(config, model, self.device)
         assert held_out is not None
-        router.fit_alpha(model, source, config, World(self.device))
+        layerwise.fit_alpha(model, source, config, World(self.device))
         losses = objective.held_out_losses(
             model,
             held_out,

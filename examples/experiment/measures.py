@@ -21,7 +21,7 @@ from sparline.demo.data import ClipSource, load_scenes
 from sparline.demo.pipeline import DemoPipeline
 from sparline.integrations.probe import achieved_sparsity
 from sparline.tokens import Grid
-from sparline.train import data, objective, router, setup
+from sparline.train import data, layerwise, objective, setup
 
 #: Of the bundled model's scheduler.
 SHIFT = 2.0
@@ -58,11 +58,11 @@ def capture(config: train.Config, grid: Grid, device: torch.device) -> list[Capt
     layers = {x: n * len(model.blocks) // len(LEVELS) for n, x in enumerate(LEVELS)}
     found: list[Captured] = []
 
-    def on_call(layer: int, call: router.Call) -> None:
+    def on_call(layer: int, call: layerwise.Call) -> None:
         if layer == layers[level]:
             found.append(Captured(call.q, call.k, call.v, grid, layer))
 
-    with torch.no_grad(), router.tapped(model, on_call):
+    with torch.no_grad(), layerwise.tapped(model, on_call):
         for level in LEVELS:
             noised = held_out_at(held_out, level, device)
             objective.predict(model, noised, config.training.mixed_precision)
@@ -75,14 +75,14 @@ def look_at(
 ) -> dict[str, Any]:
     """Attention against dense attention on the model's own q, k, v: mean over layers, by noise
     level; and the density that is achieved."""
-    modules = router.attentions(model)
+    modules = layerwise.attentions(model)
     if not modules:
         return {"density": 1.0}
     errors: dict[float, list[tuple[float, float]]] = {level: [] for level in LEVELS}
     densities: list[float] = []
     level = LEVELS[0]
 
-    def on_call(layer: int, call: router.Call) -> None:
+    def on_call(layer: int, call: layerwise.Call) -> None:
         module, inputs = modules[layer], (call.q, call.k, call.v)
         o, dense = module(*inputs, **call.options).float(), call.o.float()
         cosine = F.cosine_similarity(o.flatten(), dense.flatten(), dim=0).item()
@@ -96,7 +96,7 @@ def look_at(
 
     was_training = model.training
     model.eval()
-    with router.tapped(model, on_call):
+    with layerwise.tapped(model, on_call):
         for level in LEVELS:
             noised = held_out_at(held_out, level, device)
             objective.predict(model, noised, config.training.mixed_precision)

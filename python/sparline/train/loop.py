@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from . import checkpoint, data, export, setup
 from .config import Config, OptimizerConfig, TrainError
 from .distributed import World, local, whole
+from .layerwise import fit_alpha
 from .objective import add_noise, held_out_losses, losses
-from .router import fit_alpha
 
 #: ``on_progress(done, total, words)``
 Progress = Callable[[int, int, str], None]

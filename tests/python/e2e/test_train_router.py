@@ -21,8 +21,9 @@ import training
 import sparline
 from sparline import train
 from sparline.integrations.diffusers import learned_parameters
+from sparline.train.layerwise import Call, attentions, tapped
 from sparline.train.loop import Trainer
-from sparline.train.router import Call, RouterTrainer, _Ring, attentions, tapped
+from sparline.train.router import RouterTrainer, _Ring
 
 pytestmark = pytest.mark.e2e
 

@@ -19,7 +19,7 @@ import sparline
 from sparline import demo
 from sparline.demo.data import CLASSES
 from sparline.demo.pipeline import TRANSFORMER_CONFIG, DemoPipeline, class_embeddings
-from sparline.train.router import attentions
+from sparline.train.layerwise import attentions
 
 TINY = {
     "attention_head_dim": 12,
