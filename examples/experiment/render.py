@@ -34,6 +34,9 @@ PLOTTED = (
     "sla2_fine_router",
 )
 
+#: SLA's and SLA2's way to put the branches together, as forms.py calls them.
+PUBLISHED_FORMS = ("o_s + o_l Wᵀ + b", "α o_s + (1 − α) o_l, α of a head and query block")
+
 HEAD = """\
 # Quality after fine-tuning
 
@@ -81,16 +84,18 @@ def main() -> int:
         shutil.copyfile(path, args.store / f"{results[0]['experiment']}.jsonl")
     experiments = {path.stem: read(path) for path in sorted(args.store.glob("*.jsonl"))}
     experiments = dict(sorted(experiments.items(), key=lambda item: item[1][0]["num_tokens"]))
+    forms = args.store / "forms.json"
+    told = json.loads(forms.read_text()) if forms.is_file() else None
     if args.check:
         # The plots are left out: their pixels depend on the version of matplotlib.
-        text = page(experiments)
+        text = page(experiments, told)
         if args.page.read_text() == text:
             return 0
         print(f"{args.page} is not what its results give; run {Path(__file__).name}")
         return 1
     for name, results in experiments.items():
         plot(args.page.parent / f"quality-{name}.png", rows_of(results))
-    args.page.write_text(page(experiments))
+    args.page.write_text(page(experiments, told))
     print(f"wrote {args.page}")
     return 0
 
@@ -102,7 +107,7 @@ def read(path: Path) -> list[Result]:
 # The page ---------------------------------------------------------------------------------------
 
 
-def page(experiments: dict[str, list[Result]]) -> str:
+def page(experiments: dict[str, list[Result]], forms: dict[str, Any] | None = None) -> str:
     parts = [HEAD]
     for name, everything in experiments.items():
         results = rows_of(everything)
@@ -125,7 +130,47 @@ def page(experiments: dict[str, list[Result]]) -> str:
         parts += [levels_table(ratio, results) for ratio in ratios]
         parts.append(steps_table(results))
         parts += [router_table(r) for r in everything if r["kind"] == "router"]
+    if forms is not None:
+        parts += forms_tables(forms)
     return "\n".join(parts)
+
+
+FORMS_HEAD = """\
+## What a form of the two branches can give
+
+By `examples/experiment/forms.py`, commit {commit}, on q, k, v of the dense model, {tokens} tokens,
+nothing trained: o_s is the sparse branch's output, o_l the linear branch's, m the share of the
+softmax on critical blocks. The numbers of a form (α; W and b, one projection for all heads) are
+fitted to the dense o for each layer, on {fit_clips} training clips; the table is the mean of
+|form − o|² / |o|² over layers on {held_out_clips} held-out clips. Projections are regularised, by
+what is best on these. SLA's form is o_s + o_l Wᵀ + b, SLA2's α o_s + (1 − α) o_l.
+"""
+
+
+def forms_tables(report: dict[str, Any]) -> list[str]:
+    """Every form with the first branch, then what other branches do for the published ones."""
+    rows, ratios = report["rows"], sorted({r["keep_ratio"] for r in report["rows"]}, reverse=True)
+    errors = {(r["branch"], r["form"], r["keep_ratio"]): r["error"] for r in rows}
+    branches, forms = (list(dict.fromkeys(r[key] for r in rows)) for key in ("branch", "form"))
+    columns = "".join(f" {1 - ratio:.0%} |" for ratio in ratios)
+
+    def cells(branch: str, form: str) -> str:
+        return "".join(f" {errors[branch, form, ratio]:.3f} |" for ratio in ratios)
+
+    told = {**report, "tokens": f"{report['tokens']:,}".replace(",", " ")}
+    return [
+        FORMS_HEAD.format(**told, commit=report["machine"]["commit"]),
+        f"| form, feature map {branches[0]} |{columns}\n|---|" + "---:|" * len(ratios),
+        *(f"| {form} |{cells(branches[0], form)}" for form in forms),
+        "",
+        f"| linear branch | form |{columns}\n|---|---|" + "---:|" * len(ratios),
+        *(
+            f"| {branch} | {form} |{cells(branch, form)}"
+            for form in PUBLISHED_FORMS
+            for branch in branches
+        ),
+        "",
+    ]
 
 
 def rows_of(everything: list[Result]) -> list[Result]:

@@ -307,3 +307,101 @@ def test_a_row_is_compared_with_dense_from_its_own_start() -> None:
     assert render.delta(results[3], results) == (50.0, 0.0)
     assert render.gap_closed(results[3], results) == 0.5
     assert render.delta(results[4], results) is None  # there is no dense from that start
+
+
+def test_forms_are_least_squares() -> None:
+    """Each form of the branches against a solution of its own in float64, two calls together."""
+    forms = load("forms")
+    rng = torch.Generator().manual_seed(int(torch.randint(1 << 30, ()).item()))
+    heads, rows, dim, block = 2, 300, 4, forms.BLOCK_Q
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    fit, calls = forms.Fit(), []
+    for _ in range(2):
+        o_s, o_l, noise = (draw(heads, rows, dim) for _ in range(3))
+        mass = draw(heads, rows).sigmoid()
+        o = 0.6 * o_s + o_l @ draw(dim, dim) + 0.1 * noise
+        calls.append(forms.Parts(o_s, o_l, o, mass))
+        fit.add(calls[-1])
+    o_s, o_l, o = (torch.cat([getattr(c, n) for c in calls], 1) for n in ("o_s", "o_l", "o"))
+    mass = torch.cat([c.mass for c in calls], 1)[..., None]
+    x = torch.cat([o_l, torch.ones_like(o_l[..., :1])], dim=-1)
+
+    def mapped(missed: torch.Tensor, of_head: bool = False) -> torch.Tensor:
+        if of_head:
+            return x @ torch.linalg.lstsq(x, missed).solution
+        return x @ torch.linalg.lstsq(x.flatten(0, 1), missed.flatten(0, 1)).solution
+
+    d = o_s - o_l
+    alpha = (((o - o_l) * d).sum((1, 2)) / d.square().sum((1, 2))).clamp(0, 1)[:, None, None]
+    by_block = torch.empty(heads, rows, 1, dtype=torch.float64)
+    for at in range(0, rows, block):
+        part = [y.unflatten(1, (2, rows))[:, :, at : at + block] for y in (o - o_l, d)]
+        found = (part[0] * part[1]).sum((1, 2, 3)) / part[1].square().sum((1, 2, 3))
+        by_block[:, at : at + block] = found.clamp(0, 1)[:, None, None]
+    by_block = by_block.repeat(1, 2, 1)
+    wanted = {
+        forms.SPARSE: o_s,
+        forms.SHARED: o_s + mapped(o - o_s),
+        forms.PER_HEAD: o_s + mapped(o - o_s, of_head=True),
+        forms.MASS: mass * o_s + (1 - mass) * o_l,
+        forms.MASS_AND_MAP: mass * o_s + mapped(o - mass * o_s),
+        forms.ALPHA_HEAD: alpha * o_s + (1 - alpha) * o_l,
+        forms.ALPHA_AND_MAP: alpha * o_s + mapped(o - alpha * o_s),
+        forms.ALPHA_BLOCK: by_block * o_s + (1 - by_block) * o_l,
+    }
+    for n, call in enumerate(calls):
+        given = dict([*fit.projected(call, 0.0), *fit.blended(call)])
+        assert given.keys() == wanted.keys()
+        for form, found in given.items():
+            exact = wanted[form][:, n * rows : (n + 1) * rows]
+            torch.testing.assert_close(found, exact, atol=1e-9, rtol=0, msg=form)
+
+
+def test_parts_of_a_call() -> None:
+    """Branches and mass against dense arithmetic in float64."""
+    forms = load("forms")
+    q, k, v = (torch.randn(1, 96, 2, 16) for _ in range(3))
+    o = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    method = sparline.SLA(keep_ratio=0.5, negligible_ratio=0.0, **BLOCKS)
+    call = forms.layerwise.Call(q, k, v, o.transpose(1, 2), {"layout": "bnhd"})
+    parts = forms.parts_of(call, {"": method})[""]
+    rows = [x[0].transpose(0, 1) for x in (q, k, v)]
+    critical = sparline.route(*(x[None] for x in rows[:2]), method=method)[0] == 1
+    critical = critical.repeat_interleave(16, 1).repeat_interleave(16, 2)
+    q, k, v = (x.double() for x in rows)
+    p = (q @ k.mT / 4).softmax(dim=-1)
+    mass = (p * critical).sum(-1)
+    linear = (q.softmax(dim=-1) @ k.softmax(dim=-1).mT) * ~critical
+    for found, exact in (
+        (parts.o, p @ v),
+        (parts.mass, mass),
+        (parts.o_s, (p * critical) @ v / mass[..., None]),
+        (parts.o_l, linear @ v / linear.sum(-1, keepdim=True)),
+    ):
+        torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=0)
+
+
+def test_forms_of_a_model_and_their_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forms, render = load("forms"), load("render")
+    given = training.make_config(tmp_path / "run")
+    out = tmp_path / "forms.json"
+    command = ["forms", "--data", str(given.data.path), "--model", str(given.model.path)]
+    command += ["--clip", "4x16x16", "--ratios", "0.5", "--fit", "2", "--held-out", "2"]
+    monkeypatch.setattr(forms, "BLOCK_Q", 16)
+    monkeypatch.setattr(sys, "argv", [*command, "--device", "cpu", "--out", str(out)])
+    assert forms.main() == 0
+    told = json.loads(out.read_text())
+    assert told["tokens"] == 256
+    assert len(told["rows"]) == 8 * len(forms.BRANCHES)
+    for row in told["rows"]:
+        assert 0.0 < row["error"] < 10.0
+        assert (row["ridge"] is not None) == ("Wᵀ" in row["form"])
+    assert set(render.PUBLISHED_FORMS) == {forms.SHARED, forms.ALPHA_BLOCK}
+    page = render.page({}, told)
+    assert "256 tokens" in page
+    error = next(r["error"] for r in told["rows"] if r["form"] == forms.SPARSE)
+    assert f"| o_s | {error:.3f} |" in page
+    assert page.count("| relu | ") == len(render.PUBLISHED_FORMS)
