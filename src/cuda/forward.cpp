@@ -46,7 +46,22 @@ bool has_room_for_sums(const Plan& plan) {
   });
 }
 
-int64_t wave_budget(const Problem& p) { return std::max(kFreeWaveBytes, q_bytes(p) * 9 / 20); }
+/// Bytes of what the caller has at the same time: the map, lse, and alpha of every row.
+int64_t bytes_beside(const Plan& plan) {
+  const Problem& p = plan.problem;
+  const int64_t map_bytes = p.block_map == BlockMap::kNone    ? 0
+                            : p.block_map == BlockMap::kClass ? 1
+                                                              : 4;
+  const int64_t num_blocks = std::ssize(plan.query_blocks) * std::ssize(plan.key_blocks);
+  const int64_t scalars = p.combine == Combine::kBlend ? 2 : 1;
+  return p.batch * p.num_heads * num_blocks * map_bytes + 4 * scalars * num_rows(p);
+}
+
+/// Bytes that waves may take, so that everything together is half of q. `used_bytes`: of what else
+/// the workspace holds.
+int64_t wave_budget(const Plan& plan, int64_t used_bytes) {
+  return std::max(kFreeWaveBytes, q_bytes(plan.problem) / 2 - bytes_beside(plan) - used_bytes);
+}
 
 /// Elements of LinearSums::ragged.
 int64_t ragged_size(const Problem& p, const Frame& frame) {
@@ -70,7 +85,7 @@ const char* why_linear_is_portable(const Plan& plan, const Frame& frame) {
   if (p.block_k > 64) return "block_k is above 64";
   if (!has_room_for_sums(plan)) return "a sequence has blocks of fewer rows than head_dim";
   // Half of the budget: the other one is for states, of which linear_sums() keeps fewer then.
-  if (ragged_size(p, frame) * 2 > wave_budget(p) / 2) return "its sequences are too many";
+  if (ragged_size(p, frame) * 2 > wave_budget(plan, 0) / 2) return "its sequences are too many";
   return "";
 }
 
@@ -115,8 +130,8 @@ struct ForwardSpace {
       sums.ragged = arena.take<bf16_t>(ragged_size(p, frame));
       sums.z = arena.take<float>(p.batch * p.num_heads * frame.queries.num_blocks * p.head_dim);
     }
-    pairs_per_wave =
-        cuda::pairs_per_wave(num_pairs(p), plan.heads_per_wave, wave_budget(p), wave_bytes);
+    pairs_per_wave = cuda::pairs_per_wave(num_pairs(p), plan.heads_per_wave,
+                                          wave_budget(plan, arena.used_bytes()), wave_bytes);
     Arena k_sums;
     k_sums.take<float>(p.smooth_k ? sum_floats : 0);
     scratch = arena.take<std::byte>(
