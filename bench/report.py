@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from budgets import budget
 from report_captured import render_captured
 from report_model import render_model
+from report_ways import render_ways
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -77,6 +78,9 @@ def render(files: Iterable[Path], trainings: Iterable[Path], demos: Iterable[Pat
             operators = [row for row in rows if row["suite"] != "model"]
             if operators:
                 parts.append(render_gpu(operators, path.with_suffix(".profile.json")))
+            ways = path.with_suffix(".linear_ways.json")
+            if ways.exists():
+                parts.append(render_ways(json.loads(ways.read_text())))
             kernels = path.with_suffix(".model.json")
             told = json.loads(kernels.read_text()) if kernels.exists() else None
             parts += [render_model(models, told)] * bool(models)

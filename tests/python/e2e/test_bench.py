@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+import sparline
+
 BENCH = Path(__file__).resolve().parents[3] / "bench"
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -144,6 +146,34 @@ def test_captured_inputs(pages: Any) -> None:
     rows = suites.rows_of(["captured"], None, quick=False)
     assert {row.inputs for row in rows} == {"captured"}
     assert {row.name for row in rows} >= {"cudnn", "dense", "sla", "sla2", "dynsparse", "blasst"}
+
+
+def test_linear_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums by gathering are those of the complement, and a row of the page for each ratio."""
+    tiny = ["--device", "cpu", "--workload", "tiny", "--ratios", "0.2,0.1", "--repetitions", "2"]
+    run("linear_ways.py", *tiny, "--out", str(tmp_path))
+    (path,) = tmp_path.glob("*.linear_ways.json")
+    report = json.loads(path.read_text())
+    assert [row["critical_blocks"] for row in report["rows"]] == [2, 1]
+
+    monkeypatch.syspath_prepend(str(BENCH))
+    import linear_ways
+    import report_ways
+
+    page = report_ways.render_ways(report)
+    assert "tiny (H 2, N 640, D 64)" in page
+    assert f"| 80% | 2 | {report['rows'][0]['sparse_ms']:.3f} | " in page
+
+    q, k, v = (torch.randn(1, 2, 600, 16) for _ in range(3))
+    method = sparline.SLA.sla1(keep_ratio=0.3, block_q=128, block_k=64)
+    block_map = sparline.route(q, k, method=method)
+    lists, states = linear_ways.critical_lists(block_map), linear_ways.states_of(k, v, 64)
+    sums = torch.full((2, 5, 16 * 16), math.nan, dtype=torch.bfloat16)
+    linear_ways.gather(states, states.sum(dim=1), lists, sums)
+    marginal = (block_map[0] != 1).repeat_interleave(64, 2)[..., :600].double()
+    phi = k[0].double().softmax(dim=-1)
+    exact = torch.einsum("hin,hnf,hnd->hifd", marginal, phi, v[0].double()).flatten(2)
+    torch.testing.assert_close(sums.double(), exact, atol=0.02, rtol=0.02)
 
 
 def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
