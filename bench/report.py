@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from budgets import budget
 from report_captured import render_captured
+from report_counters import render_counters
 from report_model import render_model
 from report_ways import render_ways
 
@@ -81,6 +82,9 @@ def render(files: Iterable[Path], trainings: Iterable[Path], demos: Iterable[Pat
             ways = path.with_suffix(".linear_ways.json")
             if ways.exists():
                 parts.append(render_ways(json.loads(ways.read_text())))
+            counters = path.with_suffix(".counters.json")
+            if counters.exists():
+                parts.append(render_counters(json.loads(counters.read_text())))
             kernels = path.with_suffix(".model.json")
             told = json.loads(kernels.read_text()) if kernels.exists() else None
             parts += [render_model(models, told)] * bool(models)

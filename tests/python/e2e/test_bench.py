@@ -148,6 +148,40 @@ def test_captured_inputs(pages: Any) -> None:
     assert {row.name for row in rows} >= {"cudnn", "dense", "sla", "sla2", "dynsparse", "blasst"}
 
 
+#: Columns of ncu, their units, and one launch.
+NCU = {
+    "ID": ("", "0"),
+    "Kernel Name": ("", "void sparline::cuda::sparse_forward_sm90_kernel<Traits<int>>(Params)"),
+    "gpu__time_duration.sum": ("ns", "1,234,000"),
+    "lts__throughput.avg.pct_of_peak_sustained_elapsed": ("%", "40.4"),
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active": ("%", "61.2"),
+    "dram__bytes.sum": ("Mbyte", "200"),
+    "l1tex__m_xbar2l1tex_read_bytes.sum": ("byte", "1,500,000,000"),
+    "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio": ("inst", "3"),
+    "smsp__average_warps_issue_stalled_wait_per_issue_active.ratio": ("inst", "1"),
+}
+
+
+def test_counters_of_what_ncu_prints(pages: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import counters
+    import report_counters
+
+    table = [list(NCU), *zip(*NCU.values(), strict=True)]
+    lines = [",".join(f'"{cell}"' for cell in line) for line in table]
+    (found,) = counters.kernels_of("\n".join(["==PROF== Connected", *lines, "==PROF== Done"]))
+    assert found["kernel"] == "sparse_forward_sm90_kernel"
+    wanted = {"us": 1234.0, "tensor_pct": 61.2, "l2_pct": 40.4, "memory_pct": None}
+    wanted |= {"memory_bytes": 2e8, "l2_to_sm_bytes": 1.5e9}
+    assert {key: found[key] for key in wanted} == pytest.approx(wanted)
+    assert found["metrics"]["tensor_pct"].startswith("sm__pipe_tensor_cycles_active")
+    assert found["stalls"] == {"barrier": 0.75, "wait": 0.25}
+    report = {"commit": "1234567", "workload": "tiny", "rows": [{"case": "SLA", **found}]}
+    page = report_counters.render_counters(report)
+    row = "| SLA | `sparse_forward_sm90_kernel` | 1234 | 61 % | 40 % |  | 0.20 | 1.50 | barrier 75%"
+    assert row in page
+
+
 def test_linear_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums by gathering are those of the complement, and a row of the page for each ratio."""
     tiny = ["--device", "cpu", "--workload", "tiny", "--ratios", "0.2,0.1", "--repetitions", "2"]
