@@ -14,7 +14,8 @@ With --processes each takes the next piece that is free; several on one GPU fill
 but then no step is timed: --time does that, in a run of one process for each GPU.
 results.jsonl holds a line for each finished piece.
 
-Scenes are those of examples/train_demo_model.py --prepare; without --data, generated textures.
+Scenes are those of examples/train_demo_model.py --prepare; without --data, generated textures, as
+an experiment of its own, short-textures.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ class OutOfTime(Exception):
 class Experiment:
     def __init__(self, file: Path, args: argparse.Namespace) -> None:
         self.settings = read(file)
-        self.folder: Path = args.out / self.settings["name"]
+        # Another experiment on other clips.
+        self.name: str = self.settings["name"] + ("-textures" if args.data is None else "")
+        self.folder: Path = args.out / self.name
         self.rows = [
             Row(**{**row, "set": tuple(row.get("set", ()))}) for row in self.settings["rows"]
         ]
@@ -238,7 +241,7 @@ class Experiment:
     def describe(self, piece: Piece) -> dict[str, Any]:
         row = piece.row
         described = {
-            "experiment": self.settings["name"],
+            "experiment": self.name,
             "piece": piece.name,
             "kind": piece.kind,
             "num_tokens": self.grid.length,

@@ -113,9 +113,10 @@ def page(experiments: dict[str, list[Result]], forms: dict[str, Any] | None = No
         results = rows_of(everything)
         first = next((r for r in results if not r["is_free"]), results[0])
         devices = ", ".join(sorted({r["device"] for r in results}))
+        clips = "" if first["data"] == "scenes" else f", {first['data']}"
         parts.append(
-            f"## {first['num_tokens']:,} tokens, {first['steps']} steps\n".replace(",", " ", 1)
-            + f"\nBatches of {first['batch']}, {first['data']}, on {devices}, torch "
+            f"## {first['num_tokens']:,} tokens, {first['steps']} steps".replace(",", " ", 1)
+            + f"{clips}\n\nBatches of {first['batch']}, {first['data']}, on {devices}, torch "
             f"{first['torch']}.\n\n![Losses](quality-{name}.png)\n"
         )
         ratios = sorted({r["ratio"] for r in results if r["ratio"] is not None}, reverse=True)

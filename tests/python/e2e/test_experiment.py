@@ -253,6 +253,7 @@ def test_the_committed_experiments_are_whole(
     module = load("experiment")
     monkeypatch.setattr(sys, "argv", ["experiment", f"{name}.yaml", "--out", str(tmp_path)])
     experiment = module.Experiment(Path(f"{name}.yaml"), module.parse_args())
+    assert experiment.folder == tmp_path / f"{name}-textures"  # without scenes
     monkeypatch.setattr(experiment, "scenes", lambda: tmp_path / "scenes.npz")
     monkeypatch.setattr(
         experiment, "search", lambda row, *_: -1.0 if "log" in row.density_by else 0.5
