@@ -57,10 +57,11 @@ int64_t bytes_beside(const Plan& plan) {
   return p.batch * p.num_heads * num_blocks * map_bytes + 4 * scalars * num_rows(p);
 }
 
-/// Bytes that waves may take, so that everything together is half of q. `used_bytes`: of what else
-/// the workspace holds.
+/// Bytes that waves may take, so that everything together is half of q, or the workspace as large
+/// as is free. `used_bytes`: of what else that holds.
 int64_t wave_budget(const Plan& plan, int64_t used_bytes) {
-  return std::max(kFreeWaveBytes, q_bytes(plan.problem) / 2 - bytes_beside(plan) - used_bytes);
+  const int64_t half = q_bytes(plan.problem) / 2 - bytes_beside(plan);
+  return std::max(kFreeWaveBytes, half) - used_bytes;
 }
 
 /// Elements of LinearSums::ragged.
@@ -122,20 +123,20 @@ struct ForwardSpace {
       return std::max(is_linear ? linear_forward_bytes(params) : 0,
                       is_low_bit ? codes_bytes(pairs) : 0);
     };
-    const int64_t sums_bytes = *why_linear_is_portable(plan, frame) == '\0'
-                                   ? linear_sums_bytes(linear_params(plan, frame))
-                                   : 0;
-    has_sums = sums_bytes > 0;
+    const LinearParams all_pairs = linear_params(plan, frame);
+    has_sums = *why_linear_is_portable(plan, frame) == '\0' && linear_sums_bytes(all_pairs, 0) > 0;
     if (has_sums) {
       sums.ragged = arena.take<bf16_t>(ragged_size(p, frame));
       sums.z = arena.take<float>(p.batch * p.num_heads * frame.queries.num_blocks * p.head_dim);
     }
-    pairs_per_wave = cuda::pairs_per_wave(num_pairs(p), plan.heads_per_wave,
-                                          wave_budget(plan, arena.used_bytes()), wave_bytes);
+    sums.budget_bytes = wave_budget(plan, arena.used_bytes());
+    pairs_per_wave =
+        cuda::pairs_per_wave(num_pairs(p), plan.heads_per_wave, sums.budget_bytes, wave_bytes);
     Arena k_sums;
     k_sums.take<float>(p.smooth_k ? sum_floats : 0);
     scratch = arena.take<std::byte>(
-        std::max({k_sums.used_bytes(), wave_bytes(pairs_per_wave), sums_bytes}));
+        std::max({k_sums.used_bytes(), wave_bytes(pairs_per_wave),
+                  has_sums ? linear_sums_bytes(all_pairs, sums.budget_bytes) : 0}));
     total_bytes = arena.used_bytes();
   }
 

@@ -191,15 +191,16 @@ struct LinearSums {
   bf16_t* ragged = nullptr;  // out (B, H, num_sequences, D, D): H_i where a block has fewer rows
   float* z = nullptr;        // out (B, H, T_m, D): Z_i; NaN where E_i is empty
   uint32_t* num_taken = nullptr;  // out: SparseForward's, 0
+  int64_t budget_bytes = 0;       // in: of the workspace; one pair's states are there in any case
 };
 /// All pairs in one launch, and only where `sparse` is then combined with them; else false, and
 /// nothing is launched. The wave is the whole problem, of which why_linear_is_portable() (host.h)
 /// has nothing to say. Bytes: 0 in builds without Hopper's kernels. sm80/linear_fwd.cu
-int64_t linear_sums_bytes(const LinearParams& params);
+int64_t linear_sums_bytes(const LinearParams& params, int64_t budget_bytes);
 bool linear_sums(const LinearParams& params, const SparseForward& sparse, LinearSums& sums,
                  std::byte* workspace, void* stream);
 /// Those on Hopper. Only in builds with SPARLINE_WITH_SM90. sm90/linear_sums.cu
-int64_t linear_sums_sm90_bytes(const LinearParams& params);
+int64_t linear_sums_sm90_bytes(const LinearParams& params, int64_t budget_bytes);
 bool linear_sums_sm90(const LinearParams& params, LinearSums& sums, std::byte* workspace,
                       void* stream);
 

@@ -454,9 +454,10 @@ void aggregate_pairs(const LinearParams& params, const Space& space, void* strea
 
 }  // namespace
 
-int64_t linear_sums_bytes([[maybe_unused]] const LinearParams& params) {
+int64_t linear_sums_bytes([[maybe_unused]] const LinearParams& params,
+                          [[maybe_unused]] int64_t budget_bytes) {
 #ifdef SPARLINE_WITH_SM90
-  return linear_sums_sm90_bytes(params);
+  return linear_sums_sm90_bytes(params, budget_bytes);
 #else
   return 0;
 #endif

@@ -12,16 +12,10 @@ namespace {
 
 /// The pairs whose states are there at a time: two, so that the states of one are made while those
 /// of the other are added up, and more where 32 MiB, which stay in L2, hold them. One where two
-/// would take more than the forward may, `other_bytes` and those of LinearSums included.
-int64_t num_slots(const LinearParams& params, int64_t pair_bytes, int64_t other_bytes) {
+/// would take more than `budget_bytes`.
+int64_t num_slots(const LinearParams& params, int64_t pair_bytes, int64_t budget_bytes) {
   constexpr int64_t kCacheBytes = int64_t{32} << 20;
-  const Frame& f = params.frame;
-  const int64_t width = int64_t{f.batch} * f.num_heads * f.head_dim;
-  const int64_t ragged_bytes = width * f.queries.num_sequences * f.head_dim * 2;
-  const int64_t z_bytes = width * f.queries.num_blocks * 4;
-  const int64_t budget = std::max(kCacheBytes, width * f.queries.length * 2 * 9 / 20) -
-                         ragged_bytes - z_bytes - other_bytes;
-  const int64_t most = std::min(std::max(2 * pair_bytes, kCacheBytes), budget);
+  const int64_t most = std::min(std::max(2 * pair_bytes, kCacheBytes), budget_bytes);
   return std::clamp<int64_t>(most / pair_bytes, 1, params.wave.count);
 }
 
@@ -34,7 +28,7 @@ struct Space {
   int64_t num_counters, total_bytes;
   int32_t slots, tiles_m, tiles_n, chunks;
 
-  Space(const LinearParams& params, std::byte* base) {
+  Space(const LinearParams& params, int64_t budget_bytes, std::byte* base) {
     using Traits = LinearSumsTraits<bf16, 128>;
     const Frame& frame = params.frame;
     const int64_t head_dim = frame.head_dim, num_blocks = frame.keys.num_blocks;
@@ -46,8 +40,9 @@ struct Space {
     bits = arena.take<uint2>(heads * tiles_m * chunks * Traits::kTileM);
     empty_rows = arena.take<float>(heads * tiles_m * Traits::kTileM);
     num_counters = 2 + pairs + pairs * chunks;
-    slots = static_cast<int32_t>(num_slots(params, num_blocks * head_dim * (head_dim + 1) * 2,
-                                           arena.used_bytes() + num_counters * 4));
+    const int64_t others = arena.used_bytes() + num_counters * 4;
+    slots = static_cast<int32_t>(
+        num_slots(params, num_blocks * head_dim * (head_dim + 1) * 2, budget_bytes - others));
     states = arena.take<bf16>(slots * num_blocks * head_dim * head_dim);
     z = arena.take<bf16>(slots * num_blocks * head_dim);
     counters = arena.take<uint32_t>(num_counters);  // last: the arrays before it keep whole lines
@@ -81,8 +76,8 @@ bool launch_sums(const LinearSumsParams& params, const Space& space, void* strea
 
 }  // namespace
 
-int64_t linear_sums_sm90_bytes(const LinearParams& params) {
-  return Space(params, nullptr).total_bytes;
+int64_t linear_sums_sm90_bytes(const LinearParams& params, int64_t budget_bytes) {
+  return Space(params, budget_bytes, nullptr).total_bytes;
 }
 
 bool linear_sums_sm90(const LinearParams& params, LinearSums& sums, std::byte* workspace,
@@ -90,7 +85,7 @@ bool linear_sums_sm90(const LinearParams& params, LinearSums& sums, std::byte* w
   using Traits = LinearSumsTraits<bf16, 128>;
   if (!sums.o.is_vectorised || sums.o.order != nullptr) return false;
   const Frame& f = params.frame;
-  const Space space(params, workspace);
+  const Space space(params, sums.budget_bytes, workspace);
   LinearSumsParams p{.linear = params,
                      .o = sums.o,
                      .ragged = reinterpret_cast<bf16*>(sums.ragged),
