@@ -20,7 +20,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,8 +50,6 @@ METRICS: dict[str, tuple[str, ...]] = {
     "tensor_pct": (
         "sm__pipe_tensor_op_gmma_cycles_active.avg.pct_of_peak_sustained_active",
         "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
-        "sm__inst_executed_pipe_tensor_op_gmma.avg.pct_of_peak_sustained_active",
-        "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
     ),
     "l2_pct": ("lts__throughput.avg.pct_of_peak_sustained_elapsed",),
     "memory_pct": (
@@ -62,9 +59,13 @@ METRICS: dict[str, tuple[str, ...]] = {
     "memory_bytes": ("dram__bytes.sum",),
     "l2_to_sm_bytes": ("l1tex__m_xbar2l1tex_read_bytes.sum",),
 }
-ASKED = ("dram__bytes.sum", "l1tex__m_xbar2l1tex_read_bytes.sum")
+ASKED = (
+    "dram__bytes.sum",
+    "l1tex__m_xbar2l1tex_read_bytes.sum",
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
+)
 #: Warps of a scheduler that wait for a cause, over all instructions that it issues.
-STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
+STALL = re.compile(r"smsp__average_warps_issue_stalled_(?!selected_)(\w+)_per_issue_active\.ratio")
 NAMED_STALLS = 4
 SCALES = {"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "K": 1e3, "M": 1e6, "G": 1e9}
 
@@ -99,8 +100,9 @@ def profile(case: int, workload: str) -> str:
     command += ["--metrics", ",".join(ASKED), sys.executable, __file__]
     command += ["--workload", workload, "--case", str(case)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0 or "No kernels were profiled" in done.stdout + done.stderr:
-        raise RuntimeError(f"ncu: {(done.stdout + done.stderr)[-2000:]}")
+    told = done.stdout + done.stderr
+    if done.returncode != 0 or "==ERROR==" in told or "No kernels were profiled" in told:
+        raise RuntimeError(f"ncu: {told[-2000:]}")
     return done.stdout
 
 
@@ -149,16 +151,12 @@ def read_kernel(cells: dict[str, tuple[str, str]]) -> dict[str, Any]:
 # The run ----------------------------------------------------------------------------------------
 
 
-def measure(cases: Iterable[int], workload: str, keep: Callable[[int, str], None]) -> list[Any]:
-    found = []
-    for case in cases:
-        text = profile(case, workload)
-        keep(case, text)
-        words = CASES[case][0]
-        for kernel in kernels_of(text):
-            found.append({"case": words, **kernel})
-            print(found[-1], flush=True)
-    return found
+def measure(case: int, workload: str, raw: Path | None) -> list[dict[str, Any]]:
+    text = profile(case, workload)
+    if raw is not None:
+        raw.mkdir(parents=True, exist_ok=True)
+        (raw / f"{case}.csv").write_text(text)
+    return [{"case": CASES[case][0], **kernel} for kernel in kernels_of(text)]
 
 
 def main() -> int:
@@ -177,20 +175,18 @@ def main() -> int:
     if shutil.which("ncu") is None or not torch.cuda.is_available():
         raise SystemExit("counters: needs a GPU, and Nsight Compute's ncu on the PATH.")
 
-    def keep(case: int, text: str) -> None:
-        if args.raw is not None:
-            args.raw.mkdir(parents=True, exist_ok=True)
-            (args.raw / f"{case}.csv").write_text(text)
-
     machine = describe_machine(torch.device("cuda"), args.commit)
     chosen = [
         n for n, (words, _, _) in enumerate(CASES) if not args.only or re.search(args.only, words)
     ]
-    report = {**machine, "workload": args.workload, "rows": measure(chosen, args.workload, keep)}
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{slug(machine)}.counters.json"
-    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    print(f"wrote {path}")
+    rows: list[dict[str, Any]] = []
+    for case in chosen:
+        rows += measure(case, args.workload, args.raw)
+        report = {**machine, "workload": args.workload, "rows": rows}
+        path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        print(f"{CASES[case][0]}: {len(rows)} kernels so far, in {path}", flush=True)
     return 0
 
 

@@ -10,12 +10,12 @@ With h_j the state of key block j, query block i needs H_i, the sum over its mar
 complement  ours: all H_i of a head are one matrix product, of the map's complement and the states.
             Its time is the operator's less that of the sparse branch alone, the map given to both.
 gather      H_i = total - the sum of h_j over critical blocks, states read from L2, in bf16 or e4m3.
-            Only that sum is timed (a Triton kernel of this file): making the states and the product
-            phi(q) H_i come on top, so that it is the least that the way costs.
+            Only that sum is timed (triton_gather.py): making the states and the product phi(q) H_i
+            come on top.
 products    (phi(q) phi(k)^T) v of the critical blocks, taken off phi(q) total, beside the sparse
-            branch, which has k and v at hand. Two more products a critical tile: what the sparse
-            branch takes for twice the blocks, less its time. Making phi(k) and the total come on
-            top.
+            branch, which has k and v at hand. Two more products a critical tile, for which stands
+            what the sparse branch takes for twice the blocks, less its time: a little too much, as
+            these have exponentials and loads too. Making phi(k) and the total come on top.
 
 Writes ``FOLDER``/<device>.linear_ways.json, which bench/report.py renders.
 """
@@ -98,11 +98,13 @@ class Ways:
         """Milliseconds at one ratio of critical blocks."""
         method, sparse = SLA.sla1(keep_ratio=ratio, **BLOCKS), SLA.sparse_only(**BLOCKS)
         maps = [sparline.route(q, k, method=method) for q, k, _ in self.sets]
+        lists = [critical_lists(m) for m in maps]
+        num_blocks = maps[0].shape[3]
+        doubled = min(1.0, (2 * lists[0].shape[2] + 0.5) / num_blocks)  # exactly twice the blocks
         twice = [
-            sparline.route(q, k, method=SLA.sla1(keep_ratio=2 * ratio, **BLOCKS))
+            sparline.route(q, k, method=SLA.sla1(keep_ratio=doubled, **BLOCKS))
             for q, k, _ in self.sets
         ]
-        lists = [critical_lists(m) for m in maps]
 
         def attention(method: SLA, maps: list[Tensor], weights: Weights) -> float:
             given = {"method": method, "weights": weights}

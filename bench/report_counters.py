@@ -37,5 +37,5 @@ def cells(row: dict[str, Any]) -> list[str]:
         *(told(key, 1.0, 0, " %") for key in ("tensor_pct", "l2_pct", "memory_pct")),
         told("memory_bytes", 1e-9, 2),
         told("l2_to_sm_bytes", 1e-9, 2),
-        ", ".join(f"{name.replace('_', ' ')} {x:.0%}" for name, x in row["stalls"].items()),
+        ", ".join(f"{name.replace('_', ' ')} {100 * x:.0f} %" for name, x in row["stalls"].items()),
     ]

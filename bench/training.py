@@ -146,10 +146,10 @@ def joined(kind: str) -> Iterator[tuple[torch.device, int, int]]:
     if device is not None:
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if device is None else "nccl", device_id=device)
-    try:
-        yield device or torch.device(kind), dist.get_rank(), size
-    finally:
-        dist.destroy_process_group()
+    yield device or torch.device(kind), dist.get_rank(), size
+    # Not behind an error: the group would wait for ranks that wait for this one.
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def shared_folder(rank: int, size: int) -> str:
@@ -173,17 +173,22 @@ def run_rows(
     try:
         if rank == 0:
             write_model(shape, folder, device)
-        if size > 1:
-            dist.barrier()
+        wait_for_all()
         for ulysses in args.ulysses:
             for name in names:
                 rows.append(measure(name, ulysses, shape, folder, device, args.steps))
+                wait_for_all()  # nobody reads of the folder any more
                 if rank == 0:
                     path.write_text(json.dumps({**machine, "rows": rows}, indent=1) + "\n")
                     print(words_of(rows[-1]), flush=True)
     finally:
         if rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def words_of(row: dict[str, Any]) -> str:

@@ -141,7 +141,7 @@ FORMS_HEAD = """\
 
 By `examples/experiment/forms.py`, commit {commit}, on q, k, v of the dense model, {tokens} tokens,
 nothing trained: o_s is the sparse branch's output, o_l the linear branch's, m the share of the
-softmax on critical blocks. The numbers of a form (α; W and b, one projection for all heads) are
+softmax on critical blocks. The numbers of a form (α; W and b, of all heads together) are
 fitted to the dense o for each layer, on {fit_clips} training clips; the table is the mean of
 |form − o|² / |o|² over layers on {held_out_clips} held-out clips. Projections are regularised, by
 what is best on these. SLA's form is o_s + o_l Wᵀ + b, SLA2's α o_s + (1 − α) o_l.
