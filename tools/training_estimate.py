@@ -182,8 +182,10 @@ def alone(rows: list[dict[str, Any]]) -> str:
 
 def together(rows: list[dict[str, Any]]) -> str:
     lines = [
+        "Under Ulysses diffusers computes the forward of torch's attention once more in its "
+        "backward, which favours the others.\n\n",
         "| Ulysses | clips a step | attention | s a step | times as fast | GiB a GPU | s a clip |\n"
-        "|---:|---:|---|---:|---:|---:|---:|\n"
+        "|---:|---:|---|---:|---:|---:|---:|\n",
     ]
     lines += [
         f"| {row['ulysses']} | {row['batch']} | {row['method']} | {cells(row, rows)} "
