@@ -1216,6 +1216,48 @@ TEST(Route, LongRows) {
   cuda::emulator::set_device(80);
 }
 
+/// Projections of every width that a tile of query blocks folds, one for each head and one for all,
+/// by both sizes of tiles: scores without rounding, so that ties are ties.
+TEST(Route, ProjectsEveryWidth) {
+  std::mt19937_64 engine(11);
+  for (const int head_dim : {16, 40, 64, 128, 136, 256}) {
+    for (const int variant : {0, 1, 2, 3}) {
+      cuda::emulator::set_device(90, /*num_multiprocessors=*/variant < 2 ? 3 : 132);
+      Case c = plain_case();
+      Problem& p = c.problem;
+      p.batch = p.num_heads = 2;
+      p.num_kv_heads = 1;
+      p.head_dim = head_dim;
+      p.block_q = p.block_k = 16;
+      p.num_queries = 16 * 51;
+      p.num_keys = 16 * (variant == 3 ? 530 : 70);
+      c.rule.smooth_k = false;
+      c.rule.critical_count = 5;
+      c.rule.selection = Selection::kTopK;
+      Inputs in = random_inputs(c);
+      for (Array* array : {&in.q, &in.k}) {
+        for (double& value : array->data) value = std::clamp(std::round(value), -2.0, 2.0);
+      }
+      const auto projections = [&](int64_t num_matrices) {
+        Array array({1, num_matrices, head_dim, head_dim});
+        for (int64_t row = 0; row < num_matrices * head_dim; ++row) {
+          for (const double x : {1.0, -1.0, 1.0}) {
+            array.data[static_cast<size_t>(row * head_dim) +
+                       engine() % static_cast<uint64_t>(head_dim)] = x;
+          }
+        }
+        return array;
+      };
+      const Array proj_q = projections(variant % 2 == 0 ? 1 : 2), proj_k = projections(1);
+      const auto got = route_classes(c, in, proj_q, proj_k);
+      c.device = Device::kCPU;
+      EXPECT_EQ(got, route_classes(c, in, proj_q, proj_k))
+          << "head_dim " << head_dim << ", variant " << variant;
+    }
+  }
+  cuda::emulator::set_device(80);
+}
+
 /// Scores that fill the range between the best and the worst evenly and not, up to all in one
 /// place: a score is the sum of two numbers, without rounding.
 TEST(Route, ScoresOfAnySpread) {

@@ -2,7 +2,8 @@
 //
 // Block classification (SLA Eq. 2-3; SpargeAttention2; SpargeAttn), all of it in float32.
 //   pool        u = mean of q_i, w = mean of k_j less the mean key          (pool.cu)
-//   fold        with projections u becomes u Wq^T Wk, so that w serves all query heads of a group
+//   fold        with projections u becomes u Wq^T Wk, so that w serves all query heads of a group:
+//               where scores stay in shared memory, in the kernel that makes them
 //   scores      Zc = u w^T, unscaled: softmax_scale changes no order, but its rounding breaks ties
 //   select      the best key blocks of each query block become 1, the worst -1, the rest 0
 // Scores stay in shared memory where they fit (route_tile.cuh); else they go through the workspace,
@@ -152,16 +153,18 @@ void launch_select(const SelectParams& params, void* stream) {
   launch(kernel, {.blocks = shape.blocks, .threads = shape.threads}, stream, params);
 }
 
-/// u Wq^T Wk; returns where it is.
-const float* project(const RouteParams& params, const RouteSpace& space, void* stream) {
-  const Frame& frame = params.frame;
-  const bool is_shared = params.proj_stride_h == 0;
-  const int64_t num_matrices = is_shared ? 1 : frame.num_heads;
-  const int64_t num_fold_tiles = padded(space.ld, kFoldTile) / kFoldTile;
-  launch(fold_kernel,
-         {.blocks = num_matrices * num_fold_tiles * num_fold_tiles, .threads = kFoldThreads},
-         stream, params.proj_q, params.proj_k, params.proj_stride_h, frame.head_dim,
+/// Wq^T Wk of every head, or of all, in space.folded.
+void fold(const RouteParams& params, const RouteSpace& space, void* stream) {
+  const int64_t num_matrices = params.proj_stride_h == 0 ? 1 : params.frame.num_heads;
+  const int64_t num_tiles = padded(space.ld, kFoldTile) / kFoldTile;
+  launch(fold_kernel, {.blocks = num_matrices * num_tiles * num_tiles, .threads = kFoldThreads},
+         stream, params.proj_q, params.proj_k, params.proj_stride_h, params.frame.head_dim,
          static_cast<int32_t>(space.ld), space.folded);
+}
+
+/// u Wq^T Wk, in space.projected.
+void project(const RouteParams& params, const RouteSpace& space, void* stream) {
+  const Frame& frame = params.frame;
   launch_whole_product({.a = space.pooled_q,
                         .b = space.folded,
                         .c = space.projected,
@@ -170,9 +173,8 @@ const float* project(const RouteParams& params, const RouteSpace& space, void* s
                         .num_rows = frame.queries.num_blocks,
                         .num_cols = static_cast<int32_t>(space.ld),
                         .num_heads = frame.num_heads,
-                        .b_group = is_shared ? frame.num_heads : 1},
+                        .b_group = params.proj_stride_h == 0 ? frame.num_heads : 1},
                        int64_t{frame.batch} * frame.num_heads, stream);
-  return space.projected;
 }
 
 }  // namespace
@@ -212,7 +214,7 @@ void route(const RouteParams& params, std::byte* workspace, void* stream) {
   }
 
   Product product{
-      .a = has_projections ? project(params, space, stream) : space.pooled_q,
+      .a = space.pooled_q,
       .b = space.pooled_k,
       .c = space.scores,
       .ld = space.ld,
@@ -230,7 +232,13 @@ void route(const RouteParams& params, std::byte* workspace, void* stream) {
                                 .is_alike_q = space.is_alike_q,
                                 .is_alike_k = space.is_alike_k,
                                 .block_class = params.block_class};
-  if (launch_route_tiles(product, classify, stream)) return;
+  if (has_projections) fold(params, space, stream);
+  const int64_t folded_stride_h = params.proj_stride_h == 0 ? 0 : space.ld * space.ld;
+  if (launch_route_tiles(product, classify, space.folded, folded_stride_h, stream)) return;
+  if (has_projections) {
+    project(params, space, stream);
+    product.a = space.projected;
+  }
   SelectParams select{.classify = classify, .scores = space.scores, .ld = space.ld_scores};
   for (int64_t tile = 0; tile < space.num_tiles; tile += space.tiles_per_wave) {
     const int64_t past = std::min(tile + space.tiles_per_wave, space.num_tiles);

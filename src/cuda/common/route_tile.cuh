@@ -7,6 +7,8 @@
 //            64 key blocks at a time, 4 x 8 or 6 x 8 a thread
 //   Shared   pooled queries (rows, D); two or three slices of 16 columns of every warp's pooled
 //            keys, which it alone loads and reads; scores (rows, T_n)
+//   Folded   with projections the tile first makes its own u Wq^T Wk, in the place of u; 16 rows of
+//            the matrix a warp, where its slices of keys will be
 //   Classes  a warp for each row, which it holds in registers
 #pragma once
 
@@ -40,6 +42,8 @@ using RouteLongestRows = RouteTraits<4, 64, 3, 1>;
 struct RouteTile {
   Product product;
   ClassifyParams classify;
+  const float* folded = nullptr;  // (1 or H, ld, ld), see fold_kernel; null without projections
+  int64_t folded_stride_h = 0;
   int32_t ld_scores = 0;  // 8 more than a multiple of 32: four rows of eight lie in 32 banks
 };
 
@@ -86,6 +90,92 @@ class KeySlices {
   int stage_ = 0;
 };
 
+/// The rows u of `a_tile` become u F^T, bit for bit those of product.cuh: what multiplies are
+/// kRouteWarps warps, each with 16 columns at a time, whose rows of F (ld x ld) it alone loads into
+/// `stage` and reads. All threads call it, with the rows on their way.
+template <class Traits>
+__device__ __forceinline__ void fold_rows(float* a_tile, int ld_a, float* stage,
+                                          const float* folded, int ld) {
+  constexpr int kThreadRows = Traits::kThreadRows, kCols = kSlice, kThreadCols = kCols / 8;
+  constexpr int kPart = 128;  // columns of F that are there at a time
+  constexpr int kMostPasses = 256 / (kRouteWarps * kCols);
+  static_assert(kCols * kPart <= Traits::kStages * kRouteStageFloats);
+  const int num_passes =
+      warp_index() < kRouteWarps
+          ? (ld / kCols - warp_index() + kRouteWarps - 1) / kRouteWarps  // of this warp
+          : 0;
+  const auto first_col_of = [](int pass) { return (pass * kRouteWarps + warp_index()) * kCols; };
+  // The chunks of a row are swizzled, so that eight rows of one chunk lie in different banks.
+  const auto load = [&](int pass, int first) {
+    const int k = first + lane_index() * 4;
+    if (k < min(ld, first + kPart)) {
+      const float* from = folded + int64_t{first_col_of(pass)} * ld + k;
+#pragma unroll
+      for (int r = 0; r < kCols; ++r, from += ld) {
+        cp_async_16(shared_address(stage + r * kPart + (lane_index() ^ r % 8) * 4), from);
+      }
+    }
+  };
+  if (num_passes > 0) load(0, 0);
+  cp_async_commit();  // the rows too
+  cp_async_wait<0>();
+  __syncthreads();
+
+  const ProductLane lane;
+  const float* const a_row = a_tile + lane.row * ld_a;
+  const float* const b_row = stage + lane.col * kPart;
+  float out[kMostPasses][kThreadRows][kThreadCols] = {};
+#pragma unroll
+  for (int pass = 0; pass < kMostPasses; ++pass) {
+    if (pass >= num_passes) break;
+#pragma unroll 1
+    for (int first = 0; first < ld; first += kPart) {
+      if (pass + first > 0) {
+        __syncwarp();  // all have read the part before
+        load(pass, first);
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncwarp();
+      }
+      const int num_chunks = min(ld - first, kPart) / 4;
+#pragma unroll 2
+      for (int chunk = 0; chunk < num_chunks; ++chunk) {
+        float4 x[kThreadRows];
+#pragma unroll
+        for (int m = 0; m < kThreadRows; ++m) {
+          x[m] = *reinterpret_cast<const float4*>(a_row + first + 4 * m * ld_a + chunk * 4);
+        }
+#pragma unroll
+        for (int c = 0; c < kThreadCols; ++c) {
+          const float4 y =
+              *reinterpret_cast<const float4*>(b_row + 8 * c * kPart + (chunk ^ lane.col) * 4);
+#pragma unroll
+          for (int m = 0; m < kThreadRows; ++m) {
+            float& sum = out[pass][m][c];
+            sum = fmaf(x[m].x, y.x, sum);
+            sum = fmaf(x[m].y, y.y, sum);
+            sum = fmaf(x[m].z, y.z, sum);
+            sum = fmaf(x[m].w, y.w, sum);
+          }
+        }
+      }
+    }
+  }
+  __syncthreads();  // all have read the rows
+#pragma unroll
+  for (int pass = 0; pass < kMostPasses; ++pass) {
+    if (pass >= num_passes) break;
+    float* const to = a_tile + lane.row * ld_a + first_col_of(pass) + lane.col;
+#pragma unroll
+    for (int m = 0; m < kThreadRows; ++m) {
+#pragma unroll
+      for (int c = 0; c < kThreadCols; ++c) {
+        to[4 * m * ld_a + 8 * c] = out[pass][m][c];
+      }
+    }
+  }
+}
+
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kResident)
     route_tile_kernel(const RouteTile p) {
@@ -120,6 +210,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kResident)
     for (int k = lane_index() * 4; k < ld; k += 4 * kWarpSize) {
       cp_async_16(shared_address(a_tile + r * ld_a + k), a + r * ld + k);
     }
+  }
+  if (p.folded != nullptr) {
+    fold_rows<Traits>(a_tile, ld_a, stages, p.folded + h * p.folded_stride_h, ld);
   }
   const int32_t warp_col = first_col + warp_index() * kWarpCols;
   KeySlices<kStages> slices(stages, product.b + (b_idx * product.num_cols + warp_col) * ld,
@@ -234,12 +327,14 @@ bool launch_route_tiles(const RouteTile& tile, const CurrentDevice& device, void
 }
 
 /// All rows of the product; false, and nothing is launched, where the rule knows a mass or scores
-/// do not fit into shared memory.
+/// do not fit into shared memory. With `folded` the product's rows are first multiplied by it.
 inline bool launch_route_tiles(const Product& product, const ClassifyParams& classify,
-                               void* stream) {
+                               const float* folded, int64_t folded_stride_h, void* stream) {
   if (classify.rule.selection != Selection::kTopK) return false;
   const RouteTile tile{.product = product,
                        .classify = classify,
+                       .folded = folded,
+                       .folded_stride_h = folded_stride_h,
                        .ld_scores = static_cast<int32_t>(padded(product.num_cols, 32)) + 8};
   const CurrentDevice device = current_device();
   // A round of two small tiles takes about as long as one of a large tile.
