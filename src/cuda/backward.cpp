@@ -50,7 +50,8 @@ struct BackwardSpace {
       return linear_backward_bytes(params);
     };
     // A training step may peak at 1.10 times FlashAttention 2's; with this much it is at 0.93.
-    const int64_t budget = std::max(kFreeWaveBytes, q_bytes(p) * 16 / 5);
+    // Where q is small, few launches matter more than few bytes.
+    const int64_t budget = std::max(int64_t{32} << 20, q_bytes(p) * 16 / 5);
     pairs_per_wave = cuda::pairs_per_wave(num_pairs(p), plan.heads_per_wave, budget, wave_bytes);
     Arena sums;
     sums.take<float>(sum_floats);

@@ -58,10 +58,11 @@ int64_t bytes_beside(const Plan& plan) {
 }
 
 /// Bytes that waves may take, so that everything together is half of q, or the workspace as large
-/// as is free. `used_bytes`: of what else that holds.
+/// as nobody minds. `used_bytes`: of what else that holds.
 int64_t wave_budget(const Plan& plan, int64_t used_bytes) {
+  constexpr int64_t kFreeBytes = int64_t{4} << 20;
   const int64_t half = q_bytes(plan.problem) / 2 - bytes_beside(plan);
-  return std::max(kFreeWaveBytes, half) - used_bytes;
+  return std::max(kFreeBytes, half) - used_bytes;
 }
 
 /// Elements of LinearSums::ragged.

@@ -84,10 +84,6 @@ const float* find_k_mean(const Plan& plan, const Frame& frame, const Rows& k,
 
 // Waves ------------------------------------------------------------------------------------------
 
-/// Workspace that a wave may take whatever the size of the problem: below it, few launches matter
-/// more than few bytes.
-constexpr int64_t kFreeWaveBytes = int64_t{32} << 20;
-
 /// The number of pairs that run together: as many as fit into `budget_bytes`, at least one, at most
 /// `most`; then no more than the same number of waves needs.
 template <class Bytes>
