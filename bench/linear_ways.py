@@ -2,7 +2,7 @@
 """What ways to compute the linear branch of a forward cost beside each other, on one device, in one
 run: why it is what it is.
 
-    python bench/linear_ways.py [--workload wan1.3b-480p] [--ratios 0.10,0.05,0.03,0.02,0.01]
+    python bench/linear_ways.py [--workload wan1.3b-480p,hunyuan-720p] [--ratios 0.10,0.05,0.01]
     python bench/linear_ways.py --device cpu --workload tiny --out /tmp/ways    tries the benchmark
 
 With h_j the state of key block j, query block i needs H_i, the sum over its marginal blocks:
@@ -144,25 +144,27 @@ def ratios_of(text: str) -> list[float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
-    add("--workload", default="wan1.3b-480p")
+    add("--workload", default="wan1.3b-480p,hunyuan-720p", help="with commas")
     add("--ratios", type=ratios_of, default=[0.10, 0.05, 0.03, 0.02, 0.01], help="with commas")
     add("--repetitions", type=int, default=20)
     add("--device", default="cuda", choices=("cuda", "cpu"))
     add("--commit", default=os.environ.get("SPARLINE_COMMIT"), help="where there is no git")
     add("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    device, workload = torch.device(args.device), workload_of(args.workload)
+    workloads = [workload_of(name) for name in args.workload.split(",")]
+    device = torch.device(args.device)
     machine = {**describe_machine(device, args.commit), **ceilings(device)}
-    ways = Ways(workload, device, args.repetitions)
-    rows = []
-    for ratio in args.ratios:
-        rows.append(ways.measure(ratio))
-        print(rows[-1], flush=True)
-    shape = {"workload": workload.name, "H": workload.heads, "N": workload.length}
-    report = {**machine, **shape, "D": workload.head_dim, "rows": rows}
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{slug(machine)}.linear_ways.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    rows = []
+    for workload in workloads:
+        ways = Ways(workload, device, args.repetitions)
+        shape = {"workload": workload.name, "H": workload.heads, "N": workload.length}
+        for ratio in args.ratios:
+            rows.append({**shape, "D": workload.head_dim, **ways.measure(ratio)})
+            print(rows[-1], flush=True)
+            path.write_text(json.dumps({**machine, "rows": rows}, indent=1) + "\n")
+        del ways  # before the next one's states
     print(f"wrote {path}")
     return 0
 
