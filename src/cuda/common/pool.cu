@@ -163,7 +163,7 @@ struct PoolParams {
   int64_t ld = 0;
   float least = 0.0f;
   // What find_mean() does beside, of what the kernel before has pooled: thread blocks
-  // [first_mean, past_mean). Then that kernel is one of these, and rows are read while it ends.
+  // [first_mean, past_mean). Rows are then read while the kernel before ends.
   MeanParams mean;
   int32_t first_mean = 0, past_mean = 0;
 };
@@ -346,21 +346,20 @@ void pool(const Frame& frame, DType dtype, const PoolJob& first, const PoolJob& 
   launch_pool</*kIsSimilarity=*/false>(frame, dtype, params, stream);
 }
 
-void pool_centred(const Frame& frame, DType dtype, const PoolJob& first, const PoolJob& second,
-                  int64_t ld, float* means, void* stream) {
-  pool(frame, dtype, first, {}, ld, stream);
-  // In the middle of the second job: what they wait for has ended by then, and they are not last.
-  PoolParams params{.jobs = {second, {}},
+void pool_and_centre(const Frame& frame, DType dtype, const PoolJob& job, const PoolJob& pooled,
+                     int64_t ld, float* means, void* stream) {
+  // In the middle of the job: what they wait for has ended by then, and they are not last.
+  PoolParams params{.jobs = {job, {}},
                     .ld = ld,
-                    .mean = {.axis = first.axis,
+                    .mean = {.axis = pooled.axis,
                              .head_dim = frame.head_dim,
-                             .sums = first.pooled,
+                             .sums = pooled.pooled,
                              .ld = ld,
                              .means = means,
                              .is_centred = true},
-                    .first_mean = static_cast<int32_t>(blocks_of(frame, second) / 2)};
+                    .first_mean = static_cast<int32_t>(blocks_of(frame, job) / 2)};
   params.past_mean =
-      params.first_mean + static_cast<int32_t>(slices_of(frame, first.axis, first.num_heads));
+      params.first_mean + static_cast<int32_t>(slices_of(frame, pooled.axis, pooled.num_heads));
   launch_pool</*kIsSimilarity=*/false>(frame, dtype, params, stream);
 }
 

@@ -22,10 +22,11 @@ struct PoolJob {
 void pool(const Frame& frame, DType dtype, const PoolJob& first, const PoolJob& second, int64_t ld,
           void* stream);
 
-/// The same in two launches, the first job's sums becoming means less the mean row of their
-/// sequence. Both jobs have blocks. means: out (B, heads, sequences, D) of the first, or null.
-void pool_centred(const Frame& frame, DType dtype, const PoolJob& first, const PoolJob& second,
-                  int64_t ld, float* means, void* stream);
+/// Pools an axis; the sums that an axis pooled before it on the stream has become means less the
+/// mean row of their sequence. Both have blocks. means: out (B, heads, sequences, D), or null.
+/// Rows are read while the kernels between end: those must have waited for whoever wrote the rows.
+void pool_and_centre(const Frame& frame, DType dtype, const PoolJob& job, const PoolJob& pooled,
+                     int64_t ld, float* means, void* stream);
 
 /// is_alike: whether the mean cosine of all pairs of a block's rows is not below `least`.
 void find_alike(const Frame& frame, DType dtype, const PoolJob& first, const PoolJob& second,

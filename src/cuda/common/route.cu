@@ -22,12 +22,12 @@ namespace {
 
 /// folded[h][c][a] = sum over r of Wk[r][c] Wq[r][a] (ld x ld, zeros from D on), the transpose of
 /// Wq^T Wk. Multiplies while the kernel before ends: that is one of the router's, which has itself
-/// waited for whoever wrote the matrices.
+/// waited for whoever wrote the matrices before it let this one come.
 constexpr int kFoldTile = 32, kFoldThreads = 256;
 __global__ void __launch_bounds__(kFoldThreads)
     fold_kernel(const float* proj_q, const float* proj_k, int64_t stride_h, int32_t head_dim,
                 int32_t ld, float* folded) {
-  begin_kernel();
+  admit_next_kernel();
   __shared__ float q_tile[kFoldTile][kFoldTile], k_tile[kFoldTile][kFoldTile];
   constexpr int kStep = kFoldThreads / kFoldTile;
   const int32_t num_tiles = (ld + kFoldTile - 1) / kFoldTile;
@@ -205,9 +205,12 @@ void route(const RouteParams& params, std::byte* workspace, void* stream) {
                      .means = rule.smooth_k ? means : nullptr,
                      .is_alike = space.is_alike_k};
   if (rule.smooth_k) {
-    pool_centred(frame, params.dtype, keys, queries, space.ld, means, stream);
+    pool(frame, params.dtype, keys, {}, space.ld, stream);
+    if (has_projections) fold(params, space, stream);
+    pool_and_centre(frame, params.dtype, queries, keys, space.ld, means, stream);
   } else {
     pool(frame, params.dtype, queries, keys, space.ld, stream);
+    if (has_projections) fold(params, space, stream);
   }
   if (checks_similarity) {
     find_alike(frame, params.dtype, queries, keys, static_cast<float>(rule.min_similarity), stream);
@@ -232,7 +235,6 @@ void route(const RouteParams& params, std::byte* workspace, void* stream) {
                                 .is_alike_q = space.is_alike_q,
                                 .is_alike_k = space.is_alike_k,
                                 .block_class = params.block_class};
-  if (has_projections) fold(params, space, stream);
   const int64_t folded_stride_h = params.proj_stride_h == 0 ? 0 : space.ld * space.ld;
   if (launch_route_tiles(product, classify, space.folded, folded_stride_h, stream)) return;
   if (has_projections) {
