@@ -163,7 +163,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("--workload", default="wan1.3b-480p")
-    add("--only", metavar="REGEX", help=f"of {', '.join(words for words, _, _ in CASES)}")
+    names = ", ".join(words for words, _, _ in CASES)
+    add("--only", metavar="REGEX", help=f"of {names.replace('%', '%%')}")
     add("--commit", default=os.environ.get("SPARLINE_COMMIT"), help="where there is no git")
     add("--out", type=Path, default=Path(__file__).parent / "results")
     add("--raw", type=Path, help="also keep there what ncu prints")

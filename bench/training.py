@@ -207,7 +207,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("--workload", default="wan1.3b-480p", choices=sorted(SHAPES))
-    add("--only", metavar="REGEX", help=f"of {', '.join(METHODS)}")
+    add("--only", metavar="REGEX", help=f"of {', '.join(METHODS).replace('%', '%%')}")
     add("--steps", type=int, default=5)
     add("--ulysses", type=degrees, default=[1], help="GPUs that share a clip; several with commas")
     add("--device", default="cuda", choices=("cuda", "cpu"))

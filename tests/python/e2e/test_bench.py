@@ -38,6 +38,11 @@ def run(script: str, *arguments: str, launcher: Sequence[str] = ()) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize("script", ["counters", "gpu", "linear_ways", "model", "training"])
+def test_help(script: str) -> None:
+    assert "--out" in run(f"{script}.py", "--help")
+
+
 @pytest.fixture
 def pages(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What renders the pages; bench/ is no package."""
