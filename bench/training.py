@@ -71,12 +71,19 @@ def write_model(shape: Shape, folder: Path, device: torch.device) -> None:
 
 
 def measure(
-    name: str, ulysses: int, shape: Shape, folder: Path, device: torch.device, num_steps: int
+    name: str,
+    ulysses: int,
+    shape: Shape,
+    folder: Path,
+    device: torch.device,
+    num_steps: int,
+    is_compiled: bool,
 ) -> dict[str, Any]:
     method = dict(METHODS[name])
     if method["name"] == "sla2":
         method["num_alphas"] = -(-shape.grid.length // method["block_q"])
     is_cuda = device.type == "cuda"
+    is_compiled = is_compiled and is_cuda
     config = train.from_dict(
         {
             "output_dir": str(folder / re.sub(r"\W+", "-", f"{name} {ulysses}")),
@@ -84,7 +91,7 @@ def measure(
             "model": {
                 "path": str(folder / "model"),
                 "gradient_checkpointing": True,
-                "compile": is_cuda,
+                "compile": is_compiled,
                 "alpha_start": "mass",  # the quickest; any start costs the same afterwards
             },
             "data": {"source": "latents", "path": str(folder / "clips"), "caption_dropout": 0.0},
@@ -116,6 +123,7 @@ def measure(
         "gpus": trainer.world.size,
         "ulysses": ulysses,
         "batch": trainer.world.num_data_ranks,
+        "compiled": is_compiled,
         "ms": round(statistics.median(times[WARM_UP:]), 1),
         "spread_ms": round((max(times[WARM_UP:]) - min(times[WARM_UP:])) / 2, 1),
         "peak_bytes": None if peak is None else int(peak),
@@ -176,7 +184,8 @@ def run_rows(
         wait_for_all()
         for ulysses in args.ulysses:
             for name in names:
-                rows.append(measure(name, ulysses, shape, folder, device, args.steps))
+                settings = {"num_steps": args.steps, "is_compiled": not args.eager}
+                rows.append(measure(name, ulysses, shape, folder, device, **settings))
                 wait_for_all()  # nobody reads of the folder any more
                 if rank == 0:
                     path.write_text(json.dumps({**machine, "rows": rows}, indent=1) + "\n")
@@ -210,6 +219,7 @@ def main() -> int:
     add("--only", metavar="REGEX", help=f"of {', '.join(METHODS).replace('%', '%%')}")
     add("--steps", type=int, default=5)
     add("--ulysses", type=degrees, default=[1], help="GPUs that share a clip; several with commas")
+    add("--eager", action="store_true", help="blocks are not compiled")
     add("--device", default="cuda", choices=("cuda", "cpu"))
     add("--commit", default=os.environ.get("SPARLINE_COMMIT"), help="where there is no git")
     add("--out", type=Path, default=Path(__file__).parent / "results")
