@@ -24,7 +24,6 @@ from .tokens import (
     Axes,
     Grids,
     Lengths,
-    Rows,
     Spans,
     blocks_of,
     kept,
@@ -548,16 +547,8 @@ def _alpha_rows(call: _Call) -> Tensor:
             parts.append(stretch(logit, wanted))
         values = parts[0] if len(parts) == 1 else torch.cat([logit[:, :0], *parts], dim=1)
         if not has_tokens:
-            values = _of_rows(values, rows, length)
+            values = values[:, rows.block_of_row]
     return values.expand(batch, num_heads, length)
-
-
-def _of_rows(values: Tensor, rows: Rows, length: int) -> Tensor:
-    """(H, T), one for each block, to (H, length), one for each row in memory."""
-    if rows.order is None and rows.even_rows:  # a copy, where a gather takes five times as long
-        repeated = values[:, :, None].expand(-1, -1, rows.even_rows)
-        return repeated.flatten(1)[:, :length]
-    return values[:, rows.block_of_row]
 
 
 def stretch(values: Tensor, length: int) -> Tensor:
