@@ -1174,14 +1174,14 @@ TEST(Route, TiesAreTies) {
 /// mean key, of packed sequences.
 TEST(Route, LongRows) {
   for (const int arch : {80, 90}) {
-    for (const int64_t num_key_blocks : {1, 65, 511, 513, 1190, 1300, 1900, 2100}) {
+    for (const int64_t num_key_blocks : {1, 65, 511, 513, 1190, 1300, 1900, 2045, 2100}) {
       for (const int variant : {0, 1, 2}) {
         cuda::emulator::set_device(arch, /*num_multiprocessors=*/num_key_blocks % 2 ? 3 : 132);
         Case c = plain_case();
         Problem& p = c.problem;
         p.batch = p.num_heads = variant == 1 ? 2 : 1;
         p.num_kv_heads = 1;
-        p.head_dim = num_key_blocks == 511 ? 128 : 32;
+        p.head_dim = num_key_blocks == 511 || num_key_blocks == 2045 ? 128 : 32;
         p.block_q = p.block_k = 16;
         p.num_queries = 16 * (variant == 2 ? 24 : 51);
         p.num_keys = 16 * num_key_blocks;

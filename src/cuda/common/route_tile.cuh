@@ -37,7 +37,8 @@ using RouteOneTile = RouteTraits<6, kRowItems, 3, 1, 12>;
 /// One multiplies while the other one loads or classifies.
 using RouteTwoTiles = RouteTraits<4, kRowItems, 2, 2>;
 using RouteLongRows = RouteTraits<6, 40, 3, 1>;
-using RouteLongestRows = RouteTraits<4, 64, 3, 1>;
+using RouteLongerRows = RouteTraits<4, 64, 3, 1>;
+using RouteLongestRows = RouteTraits<4, 64, 2, 1>;
 
 struct RouteTile {
   Product product;
@@ -349,6 +350,7 @@ inline bool launch_route_tiles(const Product& product, const ClassifyParams& cla
   return (!is_small_best && launch_route_tiles<RouteOneTile>(tile, device, stream)) ||
          launch_route_tiles<RouteTwoTiles>(tile, device, stream) ||
          launch_route_tiles<RouteLongRows>(tile, device, stream) ||
+         launch_route_tiles<RouteLongerRows>(tile, device, stream) ||
          launch_route_tiles<RouteLongestRows>(tile, device, stream);
 }
 
