@@ -166,7 +166,8 @@ def measured() -> str:
         parts.append(
             f"\nMeasured by `{'python' if num_gpus == 1 else 'torchrun'} bench/training.py`: steps "
             f"of `sparline train` on {device}, {rows[0]['workload']}, {rows[0]['N']} tokens, "
-            "random weights, blocks checkpointed and compiled"
+            "random weights, blocks checkpointed"
+            + (" and compiled" if rows[0].get("compiled", True) else "")
             + (", weights sharded (FSDP2), NCCL" if num_gpus > 1 else "")
             + f", torch {told['torch']}, commit {told['commit']}.\n\n"
         )
