@@ -557,19 +557,21 @@ def stretch(values: Tensor, length: int) -> Tensor:
         return values
     # Written out, because the gradient of F.interpolate adds up in no fixed order on a GPU.
     num_values, length = plain((values.shape[1], length))
-    low, high, share = _stretched_places(num_values, length, values.dtype, values.device)
-    return torch.lerp(values[:, low], values[:, high], share)
+    ends, share = _stretched_places(num_values, length, values.dtype, values.device)
+    low, high = values[:, ends].unbind(1)
+    return torch.lerp(low, high, share)
 
 
 @kept
 def _stretched_places(
     num_values: int, length: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Between which two of ``num_values`` each of ``length`` lies, and how far from the first."""
+) -> tuple[Tensor, Tensor]:
+    """Between which two of ``num_values`` each of ``length`` lies (2, length), and how far from the
+    first."""
     last = num_values - 1
     at = torch.linspace(0.0, last, length, dtype=torch.float64, device=device)
     low = at.floor().long().clamp(max=max(last - 1, 0))
-    return low, (low + 1).clamp(max=last), (at - low).to(dtype)
+    return torch.stack([low, (low + 1).clamp(max=last)]), (at - low).to(dtype)
 
 
 # VSA's coarse branch ----------------------------------------------------------------------------
