@@ -315,8 +315,8 @@ TEST_F(CudaPlanTest, ForwardTakesHalfOfTheQueriesBytes) {
   };
   for (const auto& [num_heads, num_tokens, head_dim] :
        {Shape{12, 32760, 128}, Shape{12, 65536, 128}, Shape{12, 131072, 128},
-        Shape{24, 119056, 128}, Shape{40, 75600, 128}, Shape{48, 17776, 64},
-        Shape{10, 131072, 128}, Shape{12, 16384, 128}, Shape{24, 4608, 128}}) {
+        Shape{24, 119056, 128}, Shape{40, 75600, 128}, Shape{48, 17776, 64}, Shape{10, 131072, 128},
+        Shape{12, 16384, 128}, Shape{24, 4608, 128}}) {
     problem.num_heads = problem.num_kv_heads = num_heads;
     problem.num_queries = problem.num_keys = num_tokens;
     problem.head_dim = head_dim;
