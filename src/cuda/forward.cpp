@@ -57,8 +57,8 @@ int64_t bytes_beside(const Plan& plan) {
   return p.batch * p.num_heads * num_blocks * map_bytes + 4 * scalars * num_rows(p);
 }
 
-/// Bytes that waves may take, so that everything together is half of q, or the workspace as large
-/// as nobody minds. `used_bytes`: of what else that holds.
+/// Bytes that waves may take, so that everything together is half of q, or the whole workspace
+/// kFreeBytes, which nobody minds. `used_bytes`: of what else that holds.
 int64_t wave_budget(const Plan& plan, int64_t used_bytes) {
   constexpr int64_t kFreeBytes = int64_t{4} << 20;
   const int64_t half = q_bytes(plan.problem) / 2 - bytes_beside(plan);

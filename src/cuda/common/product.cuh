@@ -53,6 +53,27 @@ struct ProductLane {
   int col = lane_index() / 2 % 8;
 };
 
+/// sum[m][n] += the products of four columns of row m of A and row n of B, in their order. Rows are
+/// `a_stride` and `b_stride` floats apart.
+template <int kRows, int kCols>
+__device__ __forceinline__ void add_products(float (&sum)[kRows][kCols], const float* a,
+                                             int a_stride, const float* b, int b_stride) {
+  float4 x[kRows];
+#pragma unroll
+  for (int m = 0; m < kRows; ++m) x[m] = *reinterpret_cast<const float4*>(a + m * a_stride);
+#pragma unroll
+  for (int n = 0; n < kCols; ++n) {
+    const float4 y = *reinterpret_cast<const float4*>(b + n * b_stride);
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+      sum[m][n] = fmaf(x[m].x, y.x, sum[m][n]);
+      sum[m][n] = fmaf(x[m].y, y.y, sum[m][n]);
+      sum[m][n] = fmaf(x[m].z, y.z, sum[m][n]);
+      sum[m][n] = fmaf(x[m].w, y.w, sum[m][n]);
+    }
+  }
+}
+
 template <int kRows>
 __global__ void __launch_bounds__(kProductThreads, 3) product_kernel(const Product p) {
   begin_kernel();
@@ -118,22 +139,7 @@ __global__ void __launch_bounds__(kProductThreads, 3) product_kernel(const Produ
     const float* const b_row = stage + (kRows + col) * kSliceStride;
 #pragma unroll
     for (int k = 0; k < kSlice; k += 4) {
-      float4 x[kThreadRows];
-#pragma unroll
-      for (int m = 0; m < kThreadRows; ++m) {
-        x[m] = *reinterpret_cast<const float4*>(a_row + 4 * m * kSliceStride + k);
-      }
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        const float4 y = *reinterpret_cast<const float4*>(b_row + 8 * n * kSliceStride + k);
-#pragma unroll
-        for (int m = 0; m < kThreadRows; ++m) {
-          sum[m][n] = fmaf(x[m].x, y.x, sum[m][n]);
-          sum[m][n] = fmaf(x[m].y, y.y, sum[m][n]);
-          sum[m][n] = fmaf(x[m].z, y.z, sum[m][n]);
-          sum[m][n] = fmaf(x[m].w, y.w, sum[m][n]);
-        }
-      }
+      add_products(sum, a_row + k, 4 * kSliceStride, b_row + k, 8 * kSliceStride);
     }
   }
 

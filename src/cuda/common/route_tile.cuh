@@ -141,24 +141,8 @@ __device__ __forceinline__ void fold_rows(float* a_tile, int ld_a, float* stage,
       const int num_chunks = min(ld - first, kPart) / 4;
 #pragma unroll 2
       for (int chunk = 0; chunk < num_chunks; ++chunk) {
-        float4 x[kThreadRows];
-#pragma unroll
-        for (int m = 0; m < kThreadRows; ++m) {
-          x[m] = *reinterpret_cast<const float4*>(a_row + first + 4 * m * ld_a + chunk * 4);
-        }
-#pragma unroll
-        for (int c = 0; c < kThreadCols; ++c) {
-          const float4 y =
-              *reinterpret_cast<const float4*>(b_row + 8 * c * kPart + (chunk ^ lane.col) * 4);
-#pragma unroll
-          for (int m = 0; m < kThreadRows; ++m) {
-            float& sum = out[pass][m][c];
-            sum = fmaf(x[m].x, y.x, sum);
-            sum = fmaf(x[m].y, y.y, sum);
-            sum = fmaf(x[m].z, y.z, sum);
-            sum = fmaf(x[m].w, y.w, sum);
-          }
-        }
+        add_products(out[pass], a_row + first + chunk * 4, 4 * ld_a, b_row + (chunk ^ lane.col) * 4,
+                     8 * kPart);
       }
     }
   }
@@ -244,23 +228,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kResident)
     const float* const b_row = stages + stage * kRouteStageFloats + lane.col * kSlice;
 #pragma unroll 2
     for (int chunk = 0; chunk < kSlice / 4; ++chunk) {
-      float4 x[kThreadRows];
-#pragma unroll
-      for (int m = 0; m < kThreadRows; ++m) {
-        x[m] = *reinterpret_cast<const float4*>(a_row + k + 4 * m * ld_a + chunk * 4);
-      }
-#pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        const float4 y = *reinterpret_cast<const float4*>(b_row + 8 * c * kSlice +
-                                                          (chunk ^ lane.col / 2 % 4) * 4);
-#pragma unroll
-        for (int m = 0; m < kThreadRows; ++m) {
-          sum[m][c] = fmaf(x[m].x, y.x, sum[m][c]);
-          sum[m][c] = fmaf(x[m].y, y.y, sum[m][c]);
-          sum[m][c] = fmaf(x[m].z, y.z, sum[m][c]);
-          sum[m][c] = fmaf(x[m].w, y.w, sum[m][c]);
-        }
-      }
+      add_products(sum, a_row + k + chunk * 4, 4 * ld_a, b_row + (chunk ^ lane.col / 2 % 4) * 4,
+                   8 * kSlice);
     }
     if (++stage == kStages) stage = 0;
     k += kSlice;
