@@ -89,7 +89,11 @@ CAPTURED = Workload("demo-37k", "the bundled model on a clip", (16, 48, 48), 4, 
 
 
 def workload_of(name: str) -> Workload:
-    return WORKLOADS.get(name) or EXTRA[name]
+    found = WORKLOADS.get(name) or EXTRA.get(name)
+    if found is None:
+        there_are = ", ".join([*WORKLOADS, *EXTRA])
+        raise SystemExit(f"--workload: it must be one of {there_are}, got {name!r}")
+    return found
 
 
 def baselines(suite: str, workload: Workload, direction: str, inputs: str) -> list[Row]:
