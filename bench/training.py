@@ -11,8 +11,8 @@ float32. The model has the shape of Wan 2.1 1.3B and random weights, which cost 
 do. A row is the median of the steps after the first two; memory is the allocator's peak over all of
 them. Of several GPUs both are the slowest's and the fullest's; each method runs at every degree of
 sequence parallelism that ``--ulysses`` names, its weights sharded over all of them.
-Writes ``FOLDER``/<device>.training.json, or <device>-x<GPUs>.training.json, which
-tools/training_estimate.py shows beside what it computes.
+Writes ``FOLDER``/<device>[-x<GPUs>][-eager].training.json, which tools/training_estimate.py shows
+beside what it computes.
 """
 
 from __future__ import annotations
@@ -175,7 +175,8 @@ def run_rows(
     shape = SHAPES[args.workload]
     machine = describe_machine(device, args.commit)
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{slug(machine)}{f'-x{size}' if size > 1 else ''}.training.json"
+    kind = (f"-x{size}" if size > 1 else "") + ("-eager" if args.eager else "")
+    path = args.out / f"{slug(machine)}{kind}.training.json"
     rows: list[dict[str, Any]] = []
     folder = Path(shared_folder(rank, size))
     try:

@@ -159,7 +159,7 @@ def measured() -> str:
     """What bench/training.py found, on each device and number of GPUs."""
     parts = []
     reports = [json.loads(path.read_text()) for path in RESULTS.glob("*.training.json")]
-    for told in sorted(reports, key=lambda r: (r["device"], r["rows"][0].get("gpus", 1))):
+    for told in sorted(reports, key=order):
         rows = told["rows"]
         num_gpus = rows[0].get("gpus", 1)
         device = f"one {told['device']}" if num_gpus == 1 else f"{num_gpus} {told['device']}"
@@ -167,12 +167,18 @@ def measured() -> str:
             f"\nMeasured by `{'python' if num_gpus == 1 else 'torchrun'} bench/training.py`: steps "
             f"of `sparline train` on {device}, {rows[0]['workload']}, {rows[0]['N']} tokens, "
             "random weights, blocks checkpointed"
-            + (" and compiled" if rows[0].get("compiled", True) else "")
+            + (" and compiled" if rows[0].get("compiled", True) else ", not compiled")
             + (", weights sharded (FSDP2), NCCL" if num_gpus > 1 else "")
             + f", torch {told['torch']}, commit {told['commit']}.\n\n"
         )
         parts.append(alone(rows) if num_gpus == 1 else together(rows))
     return "".join(parts)
+
+
+def order(report: dict[str, Any]) -> tuple[str, bool, int]:
+    """By device, then compiled before not, then by number of GPUs."""
+    row = report["rows"][0]
+    return report["device"], not row.get("compiled", True), row.get("gpus", 1)
 
 
 def alone(rows: list[dict[str, Any]]) -> str:

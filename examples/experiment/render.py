@@ -83,7 +83,8 @@ def main() -> int:
         args.store.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, args.store / f"{results[0]['experiment']}.jsonl")
     experiments = {path.stem: read(path) for path in sorted(args.store.glob("*.jsonl"))}
-    experiments = dict(sorted(experiments.items(), key=lambda item: item[1][0]["num_tokens"]))
+    order = sorted(experiments, key=lambda name: (experiments[name][0]["num_tokens"], name))
+    experiments = {name: experiments[name] for name in order}
     forms = args.store / "forms.json"
     told = json.loads(forms.read_text()) if forms.is_file() else None
     if args.check:

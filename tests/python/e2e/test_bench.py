@@ -221,8 +221,8 @@ def test_linear_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = ["--device", "cpu", "--workload", "tiny", "--steps", "3"]
-    run("training.py", *tiny, "--only", "^torch|97 %$", "--out", str(tmp_path))
-    (path,) = tmp_path.glob("*.training.json")
+    run("training.py", *tiny, "--eager", "--only", "^torch|97 %$", "--out", str(tmp_path))
+    (path,) = tmp_path.glob("*-eager.training.json")
     told = json.loads(path.read_text())
     assert [row["method"] for row in told["rows"]] == ["torch", "sla2 97 %"]
     for row in told["rows"]:
@@ -239,6 +239,7 @@ def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_estimate, "RESULTS", tmp_path)
     page = training_estimate.measured()
     assert f"one {told['device']}, tiny, 64 tokens" in page
+    assert "blocks checkpointed, not compiled" in page
     assert "| torch | " in page
     assert "| 1.00 | 3.0 |" in page
     assert page.endswith("|  |\n")
