@@ -161,12 +161,14 @@ const char* why_forward_is_portable(const Plan& plan) {
   if (p.block_map == BlockMap::kSoft) return "soft maps have no other";
   if (p.bit_rows > 0) return "tile bits have no other";
   if (p.head_dim != 64 && p.head_dim != 128) return "head_dim is neither 64 nor 128";
-  if (p.block_q <= 64) return "block_q is below 65";
+  if (p.skip.reference != SkipReference::kNone && p.block_q <= 64) {
+    return "skip rules have no other where block_q is below 65";
+  }
   const bool is_apart = p.skip.rows == 64;
   const Tiles tiles = p.skip.reference == SkipReference::kNone ? Tiles::kPlain
                       : is_apart                               ? Tiles::kSkippedApart
                                                                : Tiles::kSkipped;
-  if (std::ssize(plan.key_blocks) > most_key_blocks(tiles, p.head_dim)) {
+  if (std::ssize(plan.key_blocks) > most_key_blocks(tiles, p.head_dim, tile_rows(p.block_q))) {
     return "its lists have no room for so many key blocks";
   }
   return "";

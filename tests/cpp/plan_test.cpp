@@ -245,8 +245,18 @@ TEST_F(CudaPlanTest, ExplainsWhichForwardRunsOnHopper) {
     EXPECT_CONTAINS(explain(cuda_plan(problem, 90)),
                     "the portable kernel, because its lists have no room for so many key blocks");
   }
-  problem.num_keys = num_keys;
+  problem.num_keys = int64_t{16384} * problem.block_k;
   problem.skip = {};
+  problem.block_q = 64;
+  EXPECT_CONTAINS(explain(cuda_plan(problem, 90)), "forward: Hopper's own kernel");
+  problem.num_keys += 1;
+  EXPECT_CONTAINS(explain(cuda_plan(problem, 90)), "have no room for so many key blocks");
+  problem.num_keys = num_keys;
+  problem.skip = {SkipReference::kKeptLse, -3.0, 0};
+  EXPECT_CONTAINS(explain(cuda_plan(problem, 90)),
+                  "because skip rules have no other where block_q is below 65");
+  problem.skip = {};
+  problem.block_q = 128;
   problem.combine = Combine::kSum;
   EXPECT_EQ(explain(cuda_plan(problem, 90)).find("portable"), std::string::npos);
   problem.block_q = 96;
@@ -276,9 +286,6 @@ TEST_F(CudaPlanTest, HopperTakesNoWorkspaceWhereItsKernelsDoNotRun) {
   };
   EXPECT_NE(forward_bytes(90), forward_bytes(80));
   EXPECT_EQ(forward_bytes(90), forward_bytes(0));  // any device
-  problem.block_q = 64;
-  EXPECT_EQ(forward_bytes(90), forward_bytes(80));
-  problem.block_q = 128;
   problem.bit_rows = 128;
   EXPECT_EQ(forward_bytes(90), forward_bytes(80));
 }

@@ -180,8 +180,8 @@ Case hopper_case(uint64_t seed) {
   Problem& p = c.problem;
   std::mt19937_64 engine(seed);
   p.head_dim = engine() % 2 ? 64 : 128;
-  p.block_q = 65 + static_cast<int>(engine() % 64);
-  if (engine() % 2) p.block_q = 128;
+  p.block_q = 16 + static_cast<int>(engine() % 113);
+  if (engine() % 2) p.block_q = engine() % 2 ? 64 : 128;
   if (engine() % 2) p.block_k = 64;
   if (p.block_map == BlockMap::kSoft) p.block_map = BlockMap::kClass;
   p.bit_rows = 0;
@@ -216,7 +216,7 @@ Case fused_case(uint64_t seed) {
   p.feature_map = pick(FeatureMap::kSoftmax, FeatureMap::kSoftmax, FeatureMap::kElu1,
                        FeatureMap::kRelu, FeatureMap::kIdentity);
   p.block_k = std::min(p.block_k, 64);
-  if (p.head_dim == 128) p.block_q = 128;  // rows for H_i
+  p.block_q = std::max<int>(p.block_q, p.head_dim);  // rows for H_i
   // Smoothed keys have both signs, and so has the denominator of the identity.
   p.smooth_k = pick(false, true) && p.feature_map != FeatureMap::kIdentity;
   if (p.query_segments.empty()) p.num_queries += pick(0, 130);
@@ -271,7 +271,7 @@ TEST(HopperLinear, MethodsAtTheSizesThatItIsMadeFor) {
           p.num_keys = 6 * 64 + 9;
           p.head_dim = dim;
           p.dtype = dtype;
-          p.block_q = 128;
+          p.block_q = dim == 64 && seed % 2 != 0 ? 64 : 128;
           p.block_k = 64;
           p.combine = combine;
           p.linear_scope = scope;
@@ -567,17 +567,19 @@ TEST(Hopper, SizesThatItIsMadeFor) {
   for (const DType dtype : {DType::kBF16, DType::kF16}) {
     for (const int64_t dim : {64, 128}) {
       for (const Combine combine : {Combine::kSparse, Combine::kProjection}) {
-        Case c = plain_case();
-        c.problem.num_queries = 2 * 128 + 1;
-        c.problem.num_keys = 12 * 64 + 9;
-        c.problem.head_dim = dim;
-        c.problem.dtype = dtype;
-        c.problem.combine = combine;
-        c.problem.block_q = 128;
-        c.problem.block_k = 64;
-        const int64_t before = cuda::emulator::num_boxes;
-        check_case(c);
-        EXPECT_GT(cuda::emulator::num_boxes, before) << describe(c);
+        for (const int block_q : {64, 128}) {
+          Case c = plain_case();
+          c.problem.num_queries = 2 * 128 + 1;
+          c.problem.num_keys = 12 * 64 + 9;
+          c.problem.head_dim = dim;
+          c.problem.dtype = dtype;
+          c.problem.combine = combine;
+          c.problem.block_q = block_q;
+          c.problem.block_k = 64;
+          const int64_t before = cuda::emulator::num_boxes;
+          check_case(c);
+          EXPECT_GT(cuda::emulator::num_boxes, before) << describe(c);
+        }
       }
     }
   }
@@ -615,6 +617,7 @@ Case skip_case(uint64_t seed) {
     const std::common_type_t<decltype(choices)...> all[] = {choices...};
     return all[engine() % sizeof...(choices)];
   };
+  if (p.block_q <= 64) p.block_q += 64;
   p.skip = {.reference = pick(SkipReference::kRunningMax, SkipReference::kKeptLse),
             .log_threshold = pick(-0.2, -1.0, -2.0, -3.0, -HUGE_VAL),
             .rows = pick(0, p.block_q)};

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the Hopper forward serves: compute capability 9.0, head_dim 64 or 128, query blocks of 65 to
-// 128 rows, rows in memory order that the copy engine can read; of policies on tiles a skip rule of
-// whole query blocks, or of every 64 rows. The environment variable SPARLINE_CUDA_ARCH=80, read
-// once, keeps to the portable kernels.
+// What the Hopper forward serves: compute capability 9.0, head_dim 64 or 128, rows in memory order
+// that the copy engine can read; of policies on tiles a skip rule of whole query blocks of 65 to
+// 128 rows, or of every 64 rows of them. The environment variable SPARLINE_CUDA_ARCH=80, read once,
+// keeps to the portable kernels.
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -42,13 +42,14 @@ bool fits(const SparseForward& p) {
                           p.low_bit.is_enabled;
   const bool has_groups = has_skip(p) && p.kept_bits.groups > 1 && !is_apart(p);
   const int32_t head_dim = p.frame.head_dim;
-  return !has_policy && !has_groups && (head_dim == 64 || head_dim == 128) && p.block_q > 64 &&
-         p.o.is_vectorised && p.o.order == nullptr && p.lse.order == nullptr;
+  return !has_policy && !has_groups && (head_dim == 64 || head_dim == 128) &&
+         (p.block_q > 64 || !has_skip(p)) && p.o.is_vectorised && p.o.order == nullptr &&
+         p.lse.order == nullptr;
 }
 
 }  // namespace
 
-template <int kHeadDim, Tiles kTiles>
+template <int kHeadDim, Tiles kTiles, int kTileQ = 128>
 bool sparse_forward_sm90(const SparseForward& params, int num_multiprocessors,
                          void* stream);  // sparse_fwd.cuh
 
@@ -60,9 +61,19 @@ bool serves(const SparseForward& params) {
 
 template <Tiles kTiles>
 bool serve(const SparseForward& params, int num_multiprocessors, void* stream) {
-  return params.frame.head_dim == 64
-             ? sparse_forward_sm90<64, kTiles>(params, num_multiprocessors, stream)
-             : sparse_forward_sm90<128, kTiles>(params, num_multiprocessors, stream);
+  const bool is_wide = params.frame.head_dim == 128;
+  if constexpr (kTiles == Tiles::kPlain || kTiles == Tiles::kLinear) {
+    if (tile_rows(params.block_q) == 64) {
+      if constexpr (kTiles == Tiles::kPlain) {
+        if (is_wide)
+          return sparse_forward_sm90<128, kTiles, 64>(params, num_multiprocessors, stream);
+      }
+      // At head_dim 128 such blocks have no room for H_i.
+      return !is_wide && sparse_forward_sm90<64, kTiles, 64>(params, num_multiprocessors, stream);
+    }
+  }
+  return is_wide ? sparse_forward_sm90<128, kTiles>(params, num_multiprocessors, stream)
+                 : sparse_forward_sm90<64, kTiles>(params, num_multiprocessors, stream);
 }
 
 }  // namespace

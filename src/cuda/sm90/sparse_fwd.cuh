@@ -10,11 +10,14 @@
 //     o = a o_s + c phi(q) H_i / (phi(q) . Z_i)
 //
 //   Tiles     128 queries x 128 keys: two runs of up to 64 keys, wherever they lie, or one; with
-//             kHasRuns 128 x 64, and what follows is different: sparse_fwd_skip_runs.cuh
+//             kHasRuns 128 x 64, and what follows is different: sparse_fwd_skip_runs.cuh. Blocks of
+//             up to 64 queries: 64 x 64 at head_dim 128, 64 x 128 at 64
 //   Roles     warpgroup 0 loads (sparse_fwd_load.cuh), 1 and 2 multiply, 64 rows each
 //             (sparse_fwd_multiply.cuh). One CTA for each multiprocessor takes query blocks as it
-//             is done with others, head by head, so that the keys of a head stay in L2
-//   Shared    queries 32 KiB, 6 slots of 32 KiB (head_dim 128) for tiles of keys and of values
+//             is done with others, head by head, so that the keys of a head stay in L2; or two,
+//             which have one warpgroup each that multiplies
+//   Shared    queries 32 KiB, 6 slots of 32 KiB (head_dim 128) for tiles of keys and of values; of
+//             two CTAs each 16 KiB and 5 of 16 KiB
 //   Sync      load -> full[slot] -> multiply -> empty[slot] -> load; likewise queries and lists
 //   Numerics  S, o and sums float32, base 2; P rounded for P v, not for its sum
 //
@@ -53,7 +56,7 @@ using SparseForwardSm90Values =
                        SparseForwardSm90Loader<Traits, true>>;
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     sparse_forward_sm90_kernel(const __grid_constant__ SparseForwardSm90Params params) {
   if constexpr (Traits::kHasLinear) {
     admit_next_kernel();  // sums are all that the last kernel made: who loads them waits
@@ -146,7 +149,7 @@ bool describe(const SparseForward& params, SparseForwardSm90Params& p, int64_t& 
   }
   constexpr auto kSharedBytes = static_cast<int64_t>(sizeof(SparseForwardSm90Shared<Traits>));
   static_assert(kSharedBytes + Traits::kLists * RowScan::bytes(Traits::kMostKeyBlocks) <=
-                227 * 1024);
+                Traits::kMostSharedBytes);
   shared_bytes = kSharedBytes + Traits::kLists * RowScan::bytes(f.keys.num_blocks);
   return f.keys.num_blocks <= Traits::kMostKeyBlocks;
 }
@@ -164,19 +167,19 @@ bool launch_sparse_forward_sm90(const SparseForward& params, int num_multiproces
   p.threshold_log2 = static_cast<float>(params.skip.log_threshold) * kLog2E;
   p.num_blocks = params.wave.count * f.group() * f.queries.num_blocks;
   launch(sparse_forward_sm90_kernel<Traits>,
-         {.blocks = std::min(p.num_blocks, num_multiprocessors),
+         {.blocks = std::min(p.num_blocks, num_multiprocessors * Traits::kCtas),
           .threads = Traits::kThreads,
           .shared_bytes = shared_bytes},
          stream, p);
   return true;
 }
 
-template <int kHeadDim, Tiles kTiles>
+template <int kHeadDim, Tiles kTiles, int kTileQ = 128>
 bool sparse_forward_sm90(const SparseForward& params, int num_multiprocessors, void* stream) {
   return params.dtype == DType::kBF16
-             ? launch_sparse_forward_sm90<SparseForwardSm90Traits<bf16, kHeadDim, kTiles>>(
+             ? launch_sparse_forward_sm90<SparseForwardSm90Traits<bf16, kHeadDim, kTiles, kTileQ>>(
                    params, num_multiprocessors, stream)
-             : launch_sparse_forward_sm90<SparseForwardSm90Traits<fp16, kHeadDim, kTiles>>(
+             : launch_sparse_forward_sm90<SparseForwardSm90Traits<fp16, kHeadDim, kTiles, kTileQ>>(
                    params, num_multiprocessors, stream);
 }
 

@@ -304,7 +304,7 @@ class SparseForwardSm90Loader : SparseForwardSm90Copies<Traits> {
           if (elect_one()) this->load_queries(at);
         }
         block = -1;
-        if (second.num_keys == 0 && !is_tile_a_block()) break;
+        if (second.num_keys == 0 && !kIsOneRun && !is_tile_a_block()) break;
         first = runs.template next<kRunK>();
       } while (first.num_keys > 0);
       if (Traits::kHasLinear && at.z >= 0) load_linear(at);
@@ -318,6 +318,7 @@ class SparseForwardSm90Loader : SparseForwardSm90Copies<Traits> {
 
  private:
   using Wish = Wishes<Traits::kSlots, Traits::kPlaces>;
+  static constexpr bool kIsOneRun = Traits::kTileK == kRunK;  // a tile
 
   __device__ __forceinline__ void load(const KeyRun& first, const KeyRun& second,
                                        const BlockPlace& at, int32_t block) {
@@ -355,7 +356,9 @@ class SparseForwardSm90Loader : SparseForwardSm90Copies<Traits> {
     return Traits::kHasSkip && params_.forward.block_k > kRunK;
   }
   __device__ __forceinline__ KeyRun second_run(KeyRuns& runs) const {
-    if (is_tile_a_block() && !runs.is_inside_block()) return {params_.forward.frame.keys.length, 0};
+    if (kIsOneRun || (is_tile_a_block() && !runs.is_inside_block())) {
+      return {params_.forward.frame.keys.length, 0};
+    }
     return runs.template next<kRunK>();
   }
 

@@ -11,8 +11,8 @@
 
 namespace sparline::cuda {
 
-/// 64 query rows of every block, for one warpgroup: warps 4 to 7, or 8 to 11. A warp holds 16 of
-/// them, a lane two (halves 0 and 1, rows g and g + 8 of its fragments).
+/// 64 query rows of every block, for one warpgroup: warps 4 to 7, or 8 to 11 where there are two. A
+/// warp holds 16 of them, a lane two (halves 0 and 1, rows g and g + 8 of its fragments).
 template <class Traits>
 class SparseForwardSm90Rows {
  protected:
@@ -40,14 +40,14 @@ class SparseForwardSm90Rows {
     if (Traits::kTakesTurns && warp_index() >= 8) arrive_named(kFirstTurn, kMultiplyThreads);
     reset(tile.block);
     load_queries(tile.block);
-    tile.has_second() ? first_step<kTileK>(tile) : first_step<kRunK>(tile);
-    bool had_second = tile.has_second();
+    bool had_second = is_whole(tile);
+    had_second ? first_step<kTileK>(tile) : first_step<kRunK>(tile);
     read(tile);
     bool was_linear = false, stores_late = false;
     while (tile.num_keys != TileInfo::kEnd) {
       const bool is_linear = Traits::kHasLinear && tile.block == TileInfo::kLinear;
       const bool is_last = Traits::kHasLinear && tile.block == TileInfo::kLast && is_softmax();
-      const bool has_second = tile.has_second();
+      const bool has_second = is_whole(tile);
       // Cursors and the wait for the next tile stand here, once, and not in every step: ptxas 13.0
       // then keeps slots in uniform registers (33 R2UR in the kernel with a linear tile, else 269).
       k_ = ring_;
@@ -81,7 +81,7 @@ class SparseForwardSm90Rows {
         ring_.advance();
       }
       read(tile);
-      stores_late = kStoresLate && has_combined && had_second && tile.has_second();
+      stores_late = kStoresLate && has_combined && had_second && is_whole(tile);
       if (Traits::kHasLinear && has_combined && !stores_late) store_combined(block_before());
     }
     k_ = ring_;
@@ -97,6 +97,10 @@ class SparseForwardSm90Rows {
   }
 
  protected:
+  /// Whether it has all runs that a tile can have.
+  __device__ __forceinline__ static bool is_whole(const TileInfo& tile) {
+    return kTileK == kRunK || tile.has_second();
+  }
   /// Waits for the next tile of keys and tells of it, with the queries of the block it begins.
   __device__ __forceinline__ void read(TileInfo& tile) {
     wait(shared_.full[ring_.slot], ring_.parity);
@@ -552,7 +556,7 @@ class SparseForwardSm90Rows {
   }
   template <int kKeys>
   __device__ __forceinline__ void start_softmax(float (&s)[kKeys / 2], const TileInfo& tile) {
-    if (tile.num_keys != (kKeys == kTileK ? TileInfo::kFull : kRunK)) mask_keys<kKeys>(s, tile);
+    if (tile.num_keys != (kKeys > kRunK ? TileInfo::kFull : kRunK)) mask_keys<kKeys>(s, tile);
     is_raised_ = false;
   }
   template <int kRun, int kSize>

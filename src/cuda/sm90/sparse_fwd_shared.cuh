@@ -12,11 +12,12 @@
 
 namespace sparline::cuda {
 
-template <class T_, int kHeadDim_, Tiles kTiles>
+template <class T_, int kHeadDim_, Tiles kTiles, int kTileQ_>
 struct SparseForwardSm90Traits {
   using T = T_;
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int32_t kMostKeyBlocks = most_key_blocks(kTiles, kHeadDim);
+  static constexpr int kHeadDim = kHeadDim_, kTileQ = kTileQ_;
+  static constexpr int kCtas = 128 / kTileQ;  // of a multiprocessor
+  static constexpr int32_t kMostKeyBlocks = most_key_blocks(kTiles, kHeadDim, kTileQ);
   static constexpr bool kHasLinear = kTiles == Tiles::kLinear;
   // Whether a skip rule's votes are counted at a barrier of each warpgroup, and values asked for,
   // as in sparse_fwd_skip_apart.cuh; or runs have places of their own, as in
@@ -25,7 +26,10 @@ struct SparseForwardSm90Traits {
   static constexpr bool kHasRuns = kTiles == Tiles::kSkippedRuns;
   static constexpr bool kVotesInRounds = kTiles == Tiles::kSkipped;
   static constexpr bool kHasSkip = kIsApart || kHasRuns || kVotesInRounds;
-  static constexpr int kTileQ = 128, kTileK = kHasRuns ? 64 : 128, kRunK = 64;
+  // Keys of a tile: two runs of up to kRunK keys, or one where half of shared memory has no room
+  // for more.
+  static constexpr int kRunK = 64;
+  static constexpr int kTileK = kHasRuns || (kCtas == 2 && kHeadDim == 128) ? kRunK : 2 * kRunK;
   static constexpr int kSlices = kHeadDim / 64;  // of 64 columns, one behind the other
   // With kHasRuns: slots of runs of keys, two a tile, and as many of values; and votes that are
   // kept, up to two a tile. Those on tile t are cast when the keys of tile t + 1 are there. By then
@@ -35,20 +39,24 @@ struct SparseForwardSm90Traits {
   static constexpr int kKeySlots = kHeadDim == 64 ? 8 : 6;
   static constexpr int kTurns = kHeadDim == 64 ? 16 : 8;
   static_assert(kTurns >= kKeySlots && kKeySlots % 2 == 0 && kTurns % 2 == 0);
-  static constexpr int kSlots = kHasRuns ? 2 * kKeySlots : (kHeadDim == 64 ? 12 : 6);
+  static constexpr int kSlots =
+      kHasRuns ? 2 * kKeySlots
+               : (kCtas == 2 ? (kHeadDim == 64 ? 6 : 5) : (kHeadDim == 64 ? 12 : 6));
   // Whether the warpgroups start their products one after the other, so that the softmax of one
   // runs beside the products of the other: 17 % faster at head_dim 64, where the exponentials take
   // as long as the products, and 1 % slower at 128 (docs/performance-log.md).
-  static constexpr bool kTakesTurns = kHeadDim == 64 && !kHasRuns;
-  static constexpr int kThreads = 384, kMultiplyWarps = 8;
+  static constexpr bool kTakesTurns = kHeadDim == 64 && kCtas == 1 && !kHasRuns;
+  static constexpr int kMultiplyWarps = kTileQ / 16, kThreads = (4 + kMultiplyWarps) * kWarpSize;
   // Lists are two blocks ahead of the loads, and these half as many as there are slots.
   static constexpr int kPlaces = (kHasRuns || kVotesInRounds) && kHeadDim == 128 ? 12 : 15;
   static_assert(kPlaces > kSlots / 2 + 4 && kPlaces % 3 == 0);
   // Bits of key blocks: two of critical ones; with a skip rule, of those that stay.
   static constexpr int kLists = kIsApart ? 4 : (kHasSkip ? 3 : 2);
-  static constexpr int kLoadRegisters = 40, kMultiplyRegisters = 232;
+  static constexpr int kLoadRegisters = 40, kMultiplyRegisters = kCtas == 2 ? 216 : 232;
+  static constexpr int64_t kMostSharedBytes = (kCtas == 2 ? 113 : 227) * 1024;
   static constexpr int kSliceBytesQ = kTileQ * 128, kSliceBytesK = kTileK * 128;
-  static_assert(kHeadDim % 64 == 0 && kHeadDim <= 128);
+  static_assert(kHeadDim % 64 == 0 && kHeadDim <= 128 && (kTileQ == 64 || kTileQ == 128));
+  static_assert(kCtas == 1 || (!kHasSkip && (!kHasLinear || kHeadDim <= kTileK / 2)));
 };
 
 /// A query block, for those who load and multiply.
