@@ -208,7 +208,8 @@ def captured_rows() -> list[Row]:
 
 
 def block_rows(workload: Workload) -> list[Row]:
-    """SLA2 in other blocks than 128 x 64: docs/quality.md says what they are good for."""
+    """SLA2 in other blocks than 128 x 64, and in cubes: docs/quality.md says what they are good for.
+    The sparse branch alone in the blocks that most methods have by default."""
     row = partial(Row, "blocks", workload)
     found: list[Row] = []
     for direction in ("fwd", "bwd"):
@@ -217,6 +218,14 @@ def block_rows(workload: Workload) -> list[Row]:
             for block_q, block_k in ((128, 32), (64, 64), (64, 32), (32, 16)):
                 method = SLA2(keep_ratio=keep_ratio, block_q=block_q, block_k=block_k)
                 found.append(row("sla2", method, direction, keep_ratio))
+            for block_q, block_k in ((128, 64), (64, 32)):
+                cubes = SLA2(
+                    keep_ratio=keep_ratio, block_q=block_q, block_k=block_k, token_order="cubes"
+                )
+                found.append(row("sla2", cubes, direction, keep_ratio))
+        for keep_ratio in KEEP_RATIOS:
+            sparse = SLA.sparse_only(keep_ratio=keep_ratio, block_q=64, block_k=64)
+            found.append(row("sparse", sparse, direction, keep_ratio, part="sparse"))
     return found
 
 
@@ -253,7 +262,8 @@ def setting_of(method: Method) -> str:
     if isinstance(method, (DynSparse, BLASST)):
         rows = f", decide_rows={method.decide_rows}" if method.decide_rows else ""
         return f"log_threshold={method.log_threshold:g}{rows}"
-    return ""
+    is_own = method.token_order == type(method).token_order
+    return "" if is_own else f"token_order={method.token_order}"
 
 
 def blocks_of(row: Row) -> str | None:

@@ -83,14 +83,29 @@ __device__ __forceinline__ void load_rows_async(const SharedTile<T, kRows, kCols
     }
     return;
   }
+  if (rows.is_vectorised) {
+    // Positions of several rows at a time: to look up each alone is to wait for memory as often.
+    constexpr int kTogether = kRows / kStep % 4 == 0 ? 4 : 1;
+#pragma unroll 1
+    for (int r = r_first; r < kRows; r += kTogether * kStep) {
+      int32_t found[kTogether];
+#pragma unroll
+      for (int n = 0; n < kTogether; ++n) {
+        found[n] = r + n * kStep < num_rows ? rows.order[first + r + n * kStep] : 0;
+      }
+#pragma unroll
+      for (int n = 0; n < kTogether; ++n) {
+        const bool is_valid = r + n * kStep < num_rows && is_column;
+        cp_async_16(tile.chunk(r + n * kStep, c),
+                    is_valid ? source + found[n] * rows.stride_n : head, is_valid);
+      }
+    }
+    return;
+  }
 #pragma unroll 1
   for (int r = r_first; r < kRows; r += kStep) {
     const bool is_valid = r < num_rows && is_column;
     const T* const row = is_valid ? source + rows.offset(first + r) : head;
-    if (rows.is_vectorised) {
-      cp_async_16(tile.chunk(r, c), row, is_valid);
-      continue;
-    }
 #pragma unroll 1
     for (int e = 0; e < 8; ++e) {
       tile.chunk(r, c)[e] = is_valid && c * 8 + e < head_dim ? row[e] : T(0.0f);
