@@ -208,7 +208,7 @@ def captured_rows() -> list[Row]:
 
 
 def block_rows(workload: Workload) -> list[Row]:
-    """SLA2 in other blocks than 128 x 64, and in cubes: docs/quality.md says what they are good for.
+    """SLA2 in other blocks than 128 x 64 and in cubes; docs/quality.md says what they are good for.
     The sparse branch alone in the blocks that most methods have by default."""
     row = partial(Row, "blocks", workload)
     found: list[Row] = []

@@ -63,6 +63,21 @@ FAST: dict[str, Case] = {
     "fast-sla2-128": Case(
         SLA2(keep_ratio=0.4), num_queries=260, num_keys=260, head_dim=128, dtype="bfloat16"
     ),
+    # Blocks of up to 64 rows.
+    "fast-sparse-short-128": Case(
+        SLA.sparse_only(keep_ratio=0.4, block_q=64, block_k=64),
+        num_queries=290,
+        num_keys=290,
+        head_dim=128,
+        dtype="bfloat16",
+    ),
+    "fast-sla-short-64": Case(
+        SLA.paper(keep_ratio=0.4, block_q=64, block_k=64),
+        num_queries=290,
+        num_keys=290,
+        head_dim=64,
+        dtype="bfloat16",
+    ),
     # The three kernels that skip: runs of 64 keys, tiles of two runs, groups of rows apart.
     "fast-dynsparse-128": Case(
         DynSparse(log_threshold=-1.0), num_queries=300, num_keys=330, head_dim=128, dtype="bfloat16"
