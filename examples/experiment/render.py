@@ -417,7 +417,7 @@ def plot(path: Path, results: list[Result]) -> None:
     if by_ratio.lines:
         by_ratio.legend(fontsize=8)
         by_ratio.set_xticks(sorted({r["ratio"] for r in results if r["ratio"] is not None}))
-    figure.suptitle(f"{results[0]['num_tokens']} tokens")
+    figure.suptitle(f"{results[0]['num_tokens']} tokens, {results[0]['data']}")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
