@@ -286,6 +286,11 @@ TEST_F(CudaPlanTest, HopperTakesNoWorkspaceWhereItsKernelsDoNotRun) {
   };
   EXPECT_NE(forward_bytes(90), forward_bytes(80));
   EXPECT_EQ(forward_bytes(90), forward_bytes(0));  // any device
+  problem.block_q = 64;
+  problem.skip = {SkipReference::kKeptLse, -3.0, 0};
+  EXPECT_EQ(forward_bytes(90), forward_bytes(80));
+  problem.block_q = 128;
+  problem.skip = {};
   problem.bit_rows = 128;
   EXPECT_EQ(forward_bytes(90), forward_bytes(80));
 }

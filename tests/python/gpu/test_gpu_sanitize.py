@@ -14,6 +14,7 @@ the votes of Hopper's skip kernels for races, words that warps store and poll: w
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import cases
 import pytest
@@ -22,6 +23,7 @@ from cases import CASES, Case, make_inputs
 from harness import move, to_cpu
 
 from sparline import BLASST, SLA, SLA2, Dense, DynSparse
+from sparline.methods import Method
 
 pytestmark = pytest.mark.gpu
 
@@ -50,6 +52,13 @@ NAMES = [
     "vsa-text",
     "vmoba-2d-head_global",
 ]
+
+
+def short_blocks(make: Callable[..., Method], head_dim: int) -> Case:
+    method = make(keep_ratio=0.4, block_q=64, block_k=64)
+    return Case(method, num_queries=290, num_keys=290, head_dim=head_dim, dtype="bfloat16")
+
+
 #: The block shapes and head sizes of the fast paths, ragged.
 FAST: dict[str, Case] = {
     "fast-dense-128": Case(Dense(), num_queries=300, num_keys=200, head_dim=128, dtype="bfloat16"),
@@ -64,20 +73,8 @@ FAST: dict[str, Case] = {
         SLA2(keep_ratio=0.4), num_queries=260, num_keys=260, head_dim=128, dtype="bfloat16"
     ),
     # Blocks of up to 64 rows.
-    "fast-sparse-short-128": Case(
-        SLA.sparse_only(keep_ratio=0.4, block_q=64, block_k=64),
-        num_queries=290,
-        num_keys=290,
-        head_dim=128,
-        dtype="bfloat16",
-    ),
-    "fast-sla-short-64": Case(
-        SLA.paper(keep_ratio=0.4, block_q=64, block_k=64),
-        num_queries=290,
-        num_keys=290,
-        head_dim=64,
-        dtype="bfloat16",
-    ),
+    "fast-sparse-short-128": short_blocks(SLA.sparse_only, head_dim=128),
+    "fast-sla-short-64": short_blocks(SLA.paper, head_dim=64),
     # The three kernels that skip: runs of 64 keys, tiles of two runs, groups of rows apart.
     "fast-dynsparse-128": Case(
         DynSparse(log_threshold=-1.0), num_queries=300, num_keys=330, head_dim=128, dtype="bfloat16"
